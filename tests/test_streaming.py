@@ -17,6 +17,7 @@ def net(seed=0): torch.manual_seed(seed); return Net().requires_grad_(False)
 
 def test_parity_with_cogvideox_convolution():
     "The published causal convolution that repeats the first frame gives the same numbers, whole and in pieces."
+    pytest.importorskip('diffusers')
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
     theirs = CogVideoXCausalConv3d(4, 6, kernel_size=3, pad_mode='first')
     ours = CausalConv3d(4, 6)
