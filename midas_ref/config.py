@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['SPATIAL', 'PRESETS', 'SECTIONS', 'VideoConfig', 'CodecConfig', 'AudioConfig', 'PoseConfig', 'TextConfig',
            'BackboneConfig', 'HeadConfig', 'NoiseConfig', 'MidasConfig', 'preset', 'Cost', 'codec_cost',
-           'backbone_cost', 'head_cost', 'frame_costs', 'to_dict', 'from_dict', 'DeviceSettings', 'WeightsSettings',
-           'AppSettings', 'Settings', 'load_settings', 'pick_device']
+           'backbone_cost', 'head_cost', 'frame_costs', 'to_dict', 'from_dict', 'Section', 'DeviceSettings',
+           'WeightsSettings', 'AppSettings', 'Settings', 'load_settings', 'pick_device']
 
 # %% ../nbs/00_config.ipynb #9dec16e5
 import configparser, dataclasses, importlib.util, json, os
@@ -51,7 +51,7 @@ class VideoConfig:
     @property
     def frame_seconds(self): return 1 / self.fps                        # duration of a frame
 
-# %% ../nbs/00_config.ipynb #5f97368b
+# %% ../nbs/00_config.ipynb #1791efc2
 @dataclass(frozen=True)
 class CodecConfig:
     "The 64x autoencoder: one entry per stage, from full resolution to 1/64."
@@ -67,22 +67,23 @@ class CodecConfig:
     head_dim: int = 32                                                  # channels per attention head
 
     def __post_init__(self):
-        _positive(self, 'latent_channels', 'history', 'kernel_t', 'head_dim')
+        _positive(self, 'latent_channels', 'history', 'kernel_t', 'head_dim', 'attention_from', 'temporal_from')
+        for n in ('attention_from', 'temporal_from'): _check(getattr(self, n) <= 7, f"CodecConfig.{n}", getattr(self, n), "1 to 7 (7: in no stage)")
         for n in ('encoder_widths', 'decoder_widths', 'encoder_depths', 'decoder_depths'):
             v = tuple(getattr(self, n)); object.__setattr__(self, n, v)
-            _check(len(v) == 7, f"CodecConfig.{n}", v, "seven entries, one per halving and one for full size")
+            _check(len(v) == 7 and all(isinstance(i, int) for i in v), f"CodecConfig.{n}", v, "seven whole numbers, one per halving and one for full size")
         for n in ('encoder_depths', 'decoder_depths'):
             v = getattr(self, n)
             _check(v[0] == 0 and min(v[1:]) >= 1, f"CodecConfig.{n}", v, "0 blocks at full size, 1 or more below")
         for n in ('encoder_widths', 'decoder_widths'):
             v = getattr(self, n)
+            _check(min(v) > 0 and all(w % 4 == 0 for w in v), f"CodecConfig.{n}", v, "multiples of 4 above zero")
             _check(all(w % self.head_dim == 0 for w in v[self.attention_from:]), f"CodecConfig.{n}", v,
                    f"multiples of {self.head_dim} from stage {self.attention_from} on")
-            _check(all(w % 4 == 0 for w in v), f"CodecConfig.{n}", v, "multiples of 4")
-        _check(1 <= self.attention_from <= 7, "CodecConfig.attention_from", self.attention_from, "1 to 7 (7: no attention blocks)")
-        _check(1 <= self.temporal_from <= 7, "CodecConfig.temporal_from", self.temporal_from, "1 to 7 (7: no temporal layers)")
+            whole = all(4*a % b == 0 for a, b in zip(v[1:], v[2:])) and v[6] % self.latent_channels == 0
+            _check(whole, f"CodecConfig.{n}", v, f"widths that divide 4 x their neighbour above, the last a multiple of latent_channels={self.latent_channels}")
 
-# %% ../nbs/00_config.ipynb #f744f4f2
+# %% ../nbs/00_config.ipynb #81d820b2
 @dataclass(frozen=True)
 class AudioConfig:
     "The streaming audio tokenizer (Whisper-VQ): one token per 80 ms."
@@ -94,7 +95,7 @@ class AudioConfig:
     heads: int = 20             # attention heads
     ffn: int = 5120             # width of the feed-forward layers
     codes: int = 16384          # entries in the codebook
-    block: int = 200            # 20 ms positions that see each other in both directions
+    block: int = 200            # positions of 20 ms that see each other in both directions
 
     def __post_init__(self):
         _positive(self, *(f.name for f in dataclasses.fields(self)))
@@ -211,13 +212,13 @@ class MidasConfig:
         b = self.backbone
         return b.layers * 2 * b.kv_heads * b.head_dim * 2
 
-# %% ../nbs/00_config.ipynb #c111fa0e
+# %% ../nbs/00_config.ipynb #4964503c
 def _tiny():
-    "The preset whose weights come with the repository."
+    "The preset that a laptop can run."
     return MidasConfig(name='tiny',
         video=VideoConfig(height=256, width=256),
-        codec=CodecConfig(encoder_widths=(16, 32, 64, 96, 128, 160, 192), encoder_depths=(0, 1, 1, 1, 1, 2, 2),
-                          decoder_widths=(16, 32, 64, 128, 192, 256, 256), decoder_depths=(0, 2, 2, 2, 2, 2, 1), temporal_from=3),
+        codec=CodecConfig(encoder_widths=(16, 32, 64, 128, 128, 128, 256), encoder_depths=(0, 1, 1, 1, 1, 1, 1),
+                          decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 2, 2, 2, 2, 2, 1), temporal_from=3),
         audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4),
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=1024, name=''),
@@ -304,7 +305,7 @@ def head_cost(
     flops = 2*once + tokens*(2*(cfg.layers*block + each) + (4*tokens*d*cfg.layers if attn else 0))
     return Cost(flops, cfg.layers*block + once + each + bias)
 
-# %% ../nbs/00_config.ipynb #75258c2f
+# %% ../nbs/00_config.ipynb #5941f0f6
 def frame_costs(
     cfg:MidasConfig,  # the model
 )->dict:
@@ -317,9 +318,9 @@ def frame_costs(
     dec = codec_cost(cfg.codec, cfg.video, 'decoder')
     return {'backbone': ((first.flops + (f-1)*step.flops) / f / 1e9, 2*step.params + full*cfg.kv_bytes_per_token),
             f'head, {cfg.head.steps} steps': (cfg.head.steps*head.flops/1e9, cfg.head.steps*2*head.params),
-            'codec decoder': (dec.flops/1e9, 2*dec.params)}
+            'codec decoder, spatial': (dec.flops/1e9, 2*dec.params)}
 
-# %% ../nbs/00_config.ipynb #373dcc9f
+# %% ../nbs/00_config.ipynb #00c3a172
 def to_dict(
     cfg,  # any of the dataclasses of this module
 )->dict:
@@ -332,30 +333,38 @@ def from_dict(
 ):
     "Rebuild a configuration; unknown fields raise `ValueError`."
     known = {f.name: f for f in dataclasses.fields(cls)}
+    _check(isinstance(d, dict), cls.__name__, d, "a dictionary of its fields")
     unknown = sorted(set(d) - set(known))
     _check(not unknown, f"{cls.__name__} field", ', '.join(unknown), ', '.join(known))
     parts = {n: type(f.default_factory()) for n, f in known.items() if f.default_factory is not dataclasses.MISSING}
     return cls(**{k: from_dict(v, parts[k]) if k in parts else tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../nbs/00_config.ipynb #6a8a6f4e
+# %% ../nbs/00_config.ipynb #eed15f3a
 def _setting(default, accepted, ok):
     "A dataclass field with a default, a description of accepted values and a check."
     return field(default=default, metadata=dict(accepted=accepted, ok=ok))
 
+class Section:
+    "A section of the settings; every value is checked when it is made."
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            v = getattr(self, f.name)
+            _check(isinstance(v, type(f.default)) and f.metadata['ok'](v), f"{type(self).__name__}.{f.name}", v, f.metadata['accepted'])
+
 @dataclass(frozen=True)
-class DeviceSettings:
+class DeviceSettings(Section):
     "Section [device]: where and how the networks run."
     name: str = _setting('auto', "auto, cpu, cuda or cuda:N", lambda v: v in ('auto', 'cpu', 'cuda') or (v[:5] == 'cuda:' and v[5:].isdigit()))
     dtype: str = _setting('auto', "auto, float32 or bfloat16", lambda v: v in ('auto', 'float32', 'bfloat16'))
-    threads: int = _setting(0, "0 (all cores) or a number of CPU threads, up to 1024", lambda v: 0 <= v <= 1024)
+    threads: int = _setting(0, "0 (what torch chooses) or a number of CPU threads, up to 1024", lambda v: 0 <= v <= 1024)
 
 @dataclass(frozen=True)
-class WeightsSettings:
+class WeightsSettings(Section):
     "Section [weights]: which model is loaded."
     model: str = _setting('tiny', "tiny, a folder, or a hub id such as user/name", lambda v: bool(v.strip()))
 
 @dataclass(frozen=True)
-class AppSettings:
+class AppSettings(Section):
     "Section [app]: the live demo."
     host: str = _setting('127.0.0.1', "an address of this machine; 127.0.0.1 keeps visitors out", lambda v: bool(v.strip()))
     port: int = _setting(7860, "a port, 1 to 65535", lambda v: 1 <= v <= 65535)
@@ -367,7 +376,7 @@ class Settings:
     weights: WeightsSettings = field(default_factory=WeightsSettings)
     app: AppSettings = field(default_factory=AppSettings)
 
-# %% ../nbs/00_config.ipynb #3b33c3ef
+# %% ../nbs/00_config.ipynb #9f43afd8
 SECTIONS = {'device': DeviceSettings, 'weights': WeightsSettings, 'app': AppSettings}  # section -> its dataclass
 
 def _parse(where, f, text):
@@ -377,6 +386,27 @@ def _parse(where, f, text):
     if value is None or not f.metadata['ok'](value): raise ValueError(f"{where} is {text!r}; accepted: {f.metadata['accepted']}.")
     return value
 
+def _from_file(file):
+    "Settings of an ini file as {(section, key): value}; sections and keys must exist."
+    ini, out = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'), default_section=''), {}
+    try: ini.read_string(file.read_text(encoding='utf-8-sig'), source=str(file))
+    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f"{file} cannot be read: {' '.join(str(e).split())}") from None
+    for section in ini.sections():
+        _check(section in SECTIONS, f"{file}: section", section, ', '.join(f'[{s}]' for s in SECTIONS))
+        known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
+        for key, text in ini[section].items():
+            _check(key in known, f"{file}: [{section}] key", key, ', '.join(known))
+            out[section, key] = _parse(f"{file}: [{section}] {key}", known[key], text)
+    return out
+
+# %% ../nbs/00_config.ipynb #0b4e4074
+def _from_environment():
+    "Settings of `MIDAS_SECTION_KEY` variables as {(section, key): value}."
+    known = {f"MIDAS_{s}_{f.name}".upper(): (s, f) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    ours = [n for n in os.environ if n.startswith(tuple(f"MIDAS_{s}_".upper() for s in SECTIONS))]
+    for n in ours: _check(n in known, "Environment variable", n, ', '.join(known))
+    return {(known[n][0], known[n][1].name): _parse(f"Environment variable {n}", known[n][1], os.environ[n]) for n in ours}
+
 def load_settings(
     path:str|Path|None=None,  # settings file; None looks for settings.ini here and in the source checkout
 )->Settings:
@@ -385,22 +415,8 @@ def load_settings(
     checkout = Path(importlib.util.find_spec('midas_ref').origin).resolve().parents[1]
     places = [Path(path)] if path is not None else [Path('settings.ini'), checkout/'settings.ini']
     file = next((p for p in places if p.is_file()), None)
-    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-    try:
-        if file: ini.read_string(file.read_text(encoding='utf-8'), source=str(file))
-    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f"{file} cannot be read: {' '.join(str(e).split())}") from None
-    parts = {}
-    for section in ini.sections(): _check(section in SECTIONS, f"{file}: section", section, ', '.join(f'[{s}]' for s in SECTIONS))
-    for section, cls in SECTIONS.items():
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        given = dict(ini[section]) if ini.has_section(section) else {}
-        for key in given: _check(key in known, f"{file}: [{section}] key", key, ', '.join(known))
-        values = {k: _parse(f"{file}: [{section}] {k}", known[k], v) for k, v in given.items()}
-        for k, f in known.items():
-            env = f"MIDAS_{section}_{k}".upper()
-            if env in os.environ: values[k] = _parse(f"Environment variable {env}", f, os.environ[env])
-        parts[section] = cls(**values)
-    return Settings(**parts)
+    values = (_from_file(file) if file else {}) | _from_environment()
+    return Settings(**{s: cls(**{k: v for (t, k), v in values.items() if t == s}) for s, cls in SECTIONS.items()})
 
 # %% ../nbs/00_config.ipynb #3124d600
 def pick_device(

@@ -10,7 +10,7 @@ from torch import Tensor
 from einops import reduce
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-# %% ../nbs/02_metrics.ipynb #9675e22d
+# %% ../nbs/02_metrics.ipynb #9a68c620
 def _frames(x, y, mask):
     "Check two videos and a mask; returns them as (n, c, h, w), (n, 1, h, w) and the leading shape."
     if x.shape != y.shape or x.ndim < 4: raise ValueError(f"Both videos must be (..., t, c, h, w) of one shape; they are {tuple(x.shape)} and {tuple(y.shape)}.")
@@ -19,8 +19,10 @@ def _frames(x, y, mask):
         if v.abs().max() > 1.001: raise ValueError(f"The {name} video reaches {v.abs().max():.3g}; values must lie in [-1, 1].")
     lead, (c, h, w) = x.shape[:-3], x.shape[-3:]
     if mask is None: mask = torch.ones(1, h, w, device=x.device)
+    if mask.ndim == 3 and len(lead) == 1: mask = mask[:, None]
     if mask.shape[-2:] != (h, w): raise ValueError(f"The mask is {tuple(mask.shape[-2:])} and the frames are {(h, w)}; they must match.")
-    mask = mask.to(x.device).bool().expand(*lead, 1, h, w)
+    try: mask = mask.to(x.device).bool().expand(*lead, 1, h, w)
+    except RuntimeError: raise ValueError(f"The mask is {tuple(mask.shape)}; accepted: (h, w), or one per frame as (..., t, 1, h, w).") from None
     if not mask.flatten(-3).any(-1).all(): raise ValueError("The mask is empty on at least one frame, so there is nothing to measure there.")
     return x.float().reshape(-1, c, h, w), y.float().reshape(-1, c, h, w), mask.reshape(-1, 1, h, w), lead
 
@@ -39,35 +41,39 @@ def ssim(
     y:Tensor,                # the truth, same shape
     mask:Tensor|None=None,   # region to measure, (h, w) or (..., t, 1, h, w); None takes everything
 )->Tensor:                   # -1 to 1 per frame, (..., t)
-    "Structural similarity on a region: the mean of its map (torchmetrics, Gaussian window of 11)."
+    "Structural similarity on a region: the mean of its map (torchmetrics; windows of 11 pixels reach 5 across the border)."
     x, y, mask, lead = _frames(x, y, mask)
     if min(x.shape[-2:]) < 11: raise ValueError(f"SSIM needs frames of 11 x 11 pixels or more; these are {tuple(x.shape[-2:])}.")
     _, full = structural_similarity_index_measure(x, y, data_range=2., reduction='none', return_full_image=True)
     return torch.stack([f[m].mean() for f, m in zip(full, mask.expand_as(full))]).reshape(lead)
 
-# %% ../nbs/02_metrics.ipynb #d9128876
+# %% ../nbs/02_metrics.ipynb #efe168cf
 def flicker(
     x:Tensor,                # video in [-1, 1], (..., t, c, h, w), two frames or more
     still:Tensor|None=None,  # pixels that do not move in the truth, (h, w) or (..., t, 1, h, w)
 )->Tensor:                   # percent of full range, (...)
     "Mean absolute frame-to-frame change on still pixels."
     if x.ndim < 4 or x.shape[-4] < 2: raise ValueError(f"flicker compares frames: it takes (..., t, c, h, w) with t of 2 or more, not {tuple(x.shape)}.")
-    _, _, mask, lead = _frames(x, x, still)
-    mask = mask.reshape(*lead, 1, *x.shape[-2:])
-    both = (mask[..., 1:, :, :, :] & mask[..., :-1, :, :, :]).expand(*lead[:-1], lead[-1]-1, *x.shape[-3:])
-    if not both.any(): raise ValueError("No pixel is still in two frames in a row, so flicker has nothing to measure.")
-    change = (x[..., 1:, :, :, :] - x[..., :-1, :, :, :]).abs() * both
-    return 100 * reduce(change, '... t c h w -> ...', 'sum') / reduce(both.float(), '... t c h w -> ...', 'sum').clamp(min=1) / 2
+    still = torch.ones(x.shape[-2:], device=x.device) if still is None else still
+    _frames(x, x, None)                                                    # the usual checks
+    mask = still.to(x.device).bool().expand(*x.shape[:-3], 1, *x.shape[-2:])
+    both = (mask[..., 1:, :, :, :] & mask[..., :-1, :, :, :]).expand(*x.shape[:-4], x.shape[-4]-1, *x.shape[-3:])
+    count = reduce(both.float(), '... t c h w -> ...', 'sum')
+    if (count == 0).any(): raise ValueError("No pixel is still in two frames in a row, so flicker has nothing to measure.")
+    change = (x[..., 1:, :, :, :].float() - x[..., :-1, :, :, :].float()).abs() * both
+    return 100 * reduce(change, '... t c h w -> ...', 'sum') / count / 2
 
-# %% ../nbs/02_metrics.ipynb #02eb1c3e
+# %% ../nbs/02_metrics.ipynb #aaad95c2
 def pearson(
     a:Tensor,  # (..., t)
     b:Tensor,  # (..., t)
 )->Tensor:     # -1 to 1, (...); 0 where a track is constant
     "Pearson correlation over the last axis, computed in double precision."
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()): raise ValueError("Correlation needs finite tracks; one of these has NaN or infinity.")
+    size = a.double().norm(dim=-1) * b.double().norm(dim=-1)
     a, b = (v.double() - v.double().mean(-1, keepdim=True) for v in (a, b))
     n = a.norm(dim=-1) * b.norm(dim=-1)
-    return torch.where(n > 1e-12, (a*b).sum(-1) / n.clamp(min=1e-12), torch.zeros_like(n))
+    return torch.where(n > 1e-12*size, (a*b).sum(-1) / n.clamp(min=1e-300), torch.zeros_like(n))
 
 def lagged_correlation(
     truth:Tensor,     # reference track, (t,)
@@ -77,32 +83,35 @@ def lagged_correlation(
     "Correlation of `test` shifted against `truth`; a peak at a positive lag means that `test` is late."
     truth, test = (torch.as_tensor(v) for v in (truth, test))
     if truth.shape != test.shape or truth.ndim != 1: raise ValueError(f"Both tracks must be (t,) of one length; they are {tuple(truth.shape)} and {tuple(test.shape)}.")
-    if len(truth) < max_lag + 3: raise ValueError(f"The tracks have {len(truth)} frames; lags up to {max_lag} need {max_lag+3} or more.")
+    if max_lag < 0 or len(truth) < 4*max_lag or len(truth) < 3: raise ValueError(f"The tracks have {len(truth)} frames; lags up to {max_lag} need {max(4*max_lag, 3)} or more.")
     lags, n = torch.arange(-max_lag, max_lag+1), len(truth)
     r = [pearson(truth[max(0, -l):n-max(0, l)], test[max(0, l):n-max(0, -l)]) for l in lags.tolist()]
     return lags, torch.stack(r)
 
-# %% ../nbs/02_metrics.ipynb #b1778970
+# %% ../nbs/02_metrics.ipynb #0313f6db
 @dataclass(frozen=True)
 class Latency:
     "Percentiles of a set of durations, in milliseconds."
-    n: int          # how many were measured
-    p50: float      # the median
-    p95: float      # 95 of 100 are faster
-    p99: float      # 99 of 100 are faster
-    max: float      # the slowest
-    missed: float   # share above the deadline, 0 to 1 (0 without one)
+    n: int               # how many were measured
+    p50: float           # half are at most this
+    p95: float           # 95 of 100 are at most this
+    p99: float           # 99 of 100 are at most this
+    max: float           # the slowest
+    missed: float|None   # share above the deadline, 0 to 1; None without one
 
-    def __str__(self): return f"median {self.p50:.1f} ms, p95 {self.p95:.1f}, p99 {self.p99:.1f}, max {self.max:.1f} (n = {self.n}, missed {100*self.missed:.1f} %)"
+    def __str__(self):
+        late = '' if self.missed is None else f", missed {100*self.missed:.1f} %"
+        return f"median {self.p50:.1f} ms, p95 {self.p95:.1f}, p99 {self.p99:.1f}, max {self.max:.1f} (n = {self.n}{late})"
 
 def latency(
-    seconds,                # durations in seconds, any sequence of numbers
+    seconds,                   # durations in seconds, any sequence of numbers
     deadline:float|None=None,  # seconds allowed, for the share of misses
-    warmup:int=0,           # first measurements to drop
+    warmup:int=0,              # first measurements to drop
 )->Latency:
     "Summarise durations; the first `warmup` are dropped because they include one-time work."
+    if warmup < 0: raise ValueError(f"warmup is {warmup}; accepted: 0 or more measurements to drop.")
     ms = 1000 * torch.as_tensor(list(seconds), dtype=torch.float64)[warmup:]
     if not len(ms): raise ValueError(f"No durations are left after dropping {warmup} for warm-up.")
     if not torch.isfinite(ms).all() or (ms < 0).any(): raise ValueError("Durations must be finite and not negative.")
-    q = [torch.quantile(ms, p).item() for p in (.5, .95, .99)]
-    return Latency(len(ms), *q, ms.max().item(), (ms > 1000*deadline).double().mean().item() if deadline else 0.)
+    q = [torch.quantile(ms, p, interpolation='higher').item() for p in (.5, .95, .99)]
+    return Latency(len(ms), *q, ms.max().item(), None if deadline is None else (ms > 1000*deadline).double().mean().item())

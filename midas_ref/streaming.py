@@ -4,14 +4,16 @@
 __all__ = ['StreamState', 'stack', 'unstack', 'Streaming', 'started', 'CausalConv3d', 'rope', 'band_mask', 'TemporalAttention',
            'stream']
 
-# %% ../nbs/01_streaming.ipynb #39c65cce
+# %% ../nbs/01_streaming.ipynb #025ce7dd
 import weakref
+from contextlib import contextmanager
+from numbers import Integral
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from einops import rearrange
 
-# %% ../nbs/01_streaming.ipynb #966f9b9e
+# %% ../nbs/01_streaming.ipynb #f8265f27
 class StreamState:
     "What live streams remember between calls: one row per stream, made for one model by `Streaming.init_state`."
     def __init__(self,
@@ -21,11 +23,11 @@ class StreamState:
         device:str|torch.device='cpu',  # where slots and random numbers live
     ):
         if batch < 1: raise ValueError(f"A state needs at least one row, but batch is {batch}.")
-        seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
+        seeds = [int(seed) + i for i in range(batch)] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != batch: raise ValueError(f"{len(seeds)} seeds were given for {batch} rows; give one number, or one per row.")
-        self.device, self.model = torch.device(device), weakref.ref(model)
+        self.device, self.model, self.busy = torch.device(device), weakref.ref(model), False
         self.names = weakref.WeakKeyDictionary({m: n for n, m in model.named_modules()})
-        self.slots, self.seen = {}, torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.slots, self.touched, self.seen = {}, set(), torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.generators = [torch.Generator(self.device).manual_seed(s) for s in seeds]
 
     def __len__(self): return len(self.seen)
@@ -40,24 +42,28 @@ class StreamState:
         shape:tuple,          # shape of one row
         dtype:torch.dtype,    # number type
     )->Tensor:                # (b, *shape), zeros the first time; update it in place
-        "The buffer of `layer` called `name`."
+        "The buffer of `layer` called `name`; each may be asked for once in a call."
         if layer not in self.names:
             raise ValueError(f"This state was made for another model: it knows no such {type(layer).__name__}. Make one with model.init_state().")
         key = f'{self.names[layer]}:{name}'
-        if key not in self.slots: self.slots[key] = torch.zeros(len(self), *shape, dtype=dtype, device=self.device)
+        if key not in self.slots:
+            with torch.inference_mode(False): self.slots[key] = torch.zeros(len(self), *shape, dtype=dtype, device=self.device)
         t = self.slots[key]
         if t.shape[1:] != tuple(shape) or t.dtype != dtype:
             raise ValueError(f"Slot {key} holds {tuple(t.shape[1:])} {t.dtype}, but this call needs {tuple(shape)} {dtype}: "
                              "a stream keeps one frame size and number type; start a new state for another.")
+        if self.busy and key in self.touched: raise ValueError(f"{key} was used twice in one call; a layer with memory needs a copy of itself for each use.")
+        self.touched.add(key)
         return t
 
     def randn(self, *shape, dtype=torch.float32):
         "Normal noise (b, *shape), each row from its own generator."
         return torch.stack([torch.randn(*shape, generator=g, device=self.device, dtype=dtype) for g in self.generators])
 
-    def reset(self, row:int):
-        "Forget everything that `row` has seen; its random numbers go on."
+    def reset(self, row:int, seed:int|None=None):
+        "Forget everything that `row` has seen; with `seed`, restart its random numbers too."
         for t in (self.seen, *self.slots.values()): t[row] = 0
+        if seed is not None: self.generators[row].manual_seed(seed)
 
 # %% ../nbs/01_streaming.ipynb #4f66392d
 def stack(
@@ -90,9 +96,9 @@ def unstack(
         out.append(s)
     return out
 
-# %% ../nbs/01_streaming.ipynb #2f1e9564
+# %% ../nbs/01_streaming.ipynb #2301cca6
 class Streaming:
-    "Mixin for a module that streams: `model(x)` is offline, `model(x, state)` continues a stream."
+    "Mixin for the outermost module of a stream: `model(x)` is offline, `model(x, state)` continues a stream."
     def init_state(self,
         batch:int=1,           # rows: streams that run together
         seed:int|list=0,       # seed of the first row, or one per row
@@ -101,18 +107,25 @@ class Streaming:
         p = next((t for t in (*self.parameters(), *self.buffers())), torch.empty(0))
         return StreamState(self, batch, seed, p.device)
 
-    def enter(self,
+    @contextmanager
+    def call(self,
         x:Tensor,                  # frames of this call, (b, t, ...)
         state:StreamState|None,    # the stream they belong to, None offline
     ):
-        "Check that `state` belongs to this model and fits `x`, and count the frames."
-        if state is None: return
+        "Run the body of `forward` in this: checks `state` and `x` before, counts frames after."
+        if x.ndim < 2 or x.shape[1] < 1: raise ValueError(f"The input has no frames; it takes (b, t, ...) with t of 1 or more, not {tuple(x.shape)}.")
+        if state is None: yield; return
         if state.model() is not self: raise ValueError(f"This state was made for another model, not for this {type(self).__name__}. Make one with model.init_state().")
         if x.shape[0] != len(state): raise ValueError(f"The input has {x.shape[0]} rows and the state {len(state)}; they must be the same.")
-        if x.shape[1] < 1: raise ValueError("The input has no frames; give one or more.")
-        state.seen += x.shape[1]
+        if state.busy: raise ValueError("An earlier call with this state failed half-way, so its caches disagree; start a new state.")
+        state.busy = True; state.touched.clear()
+        try: yield
+        except BaseException:
+            if not state.touched: state.busy = False       # nothing was cached yet: the state is as good as before
+            raise
+        state.seen += x.shape[1]; state.busy = False
 
-# %% ../nbs/01_streaming.ipynb #dea6032b
+# %% ../nbs/01_streaming.ipynb #ac08c6cf
 def started(
     layer:nn.Module,    # the layer that asks
     state:StreamState,  # its stream
@@ -122,7 +135,7 @@ def started(
     flag = state.slot(layer, 'started', (), torch.bool)
     before = flag.clone()
     flag.fill_(True)
-    return before.view(-1, *[1]*(ndim-1))
+    return before.reshape(-1, *[1]*(ndim-1))
 
 class CausalConv3d(nn.Conv3d):
     "Convolution over (t, h, w): zeros around the picture, first frame repeated into the past, nothing from the future."
@@ -178,7 +191,7 @@ def band_mask(
     age = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     return (age >= 0) & (age <= history)
 
-# %% ../nbs/01_streaming.ipynb #e71c9c9e
+# %% ../nbs/01_streaming.ipynb #201dfb69
 class TemporalAttention(nn.Module):
     "Self-attention over time at each pixel, with rotary positions and a past of `history` frames."
     def __init__(self,
@@ -187,6 +200,7 @@ class TemporalAttention(nn.Module):
         history:int=5,     # past frames that a frame sees
     ):
         super().__init__()
+        if heads < 1 or history < 1: raise ValueError(f"heads and history must be 1 or more; they are {heads} and {history}.")
         if c % (2*heads): raise ValueError(f"{c} channels cannot be split into {heads} heads of even width; c must be a multiple of {2*heads}.")
         self.heads, self.history = heads, history
         self.qkv, self.out = nn.Linear(c, 3*c), nn.Linear(c, c)
@@ -203,16 +217,16 @@ class TemporalAttention(nn.Module):
         mask = band_mask(t, t, self.history).to(x.device)
         if state is not None:
             p = self.history
-            cache = state.slot(self, 'kv', (2, h*w, self.heads, p, c//self.heads), x.dtype)
+            cache = state.slot(self, 'kv', (2, h, w, self.heads, p, c//self.heads), x.dtype)
             filled = state.slot(self, 'filled', (), torch.int64)
-            k, v = (torch.cat([past, new], -2) for past, new in zip(cache.unbind(1), (k, v)))
+            k, v = (torch.cat([past.flatten(1, 2), new], -2) for past, new in zip(cache.unbind(1), (k, v)))
             age = torch.arange(p, 0, -1, device=x.device)                               # 5 4 3 2 1: age of the cached frames
             exists = torch.cat([age <= filled[:, None], torch.ones(b, t, dtype=torch.bool, device=x.device)], 1)
             mask = band_mask(t, p+t, p).to(x.device) & exists[:, None, None, None]      # (b, 1, 1, t, p+t)
-            cache.copy_(torch.stack([k[..., -p:, :], v[..., -p:, :]], 1).detach())
+            cache.copy_(torch.stack([k[..., -p:, :], v[..., -p:, :]], 1).detach().view_as(cache))
             filled.add_(t).clamp_(max=p)
-        n = k.shape[-2]
-        k, q = rope(k, torch.arange(n, device=x.device) - n), rope(q, torch.arange(n-t, n, device=x.device) - n)
+        when = torch.arange(k.shape[-2], device=x.device) - (k.shape[-2] - t)               # cache -5..-1, new frames 0..t-1
+        k, q = rope(k, when), rope(q, when[-t:])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return rearrange(self.out(rearrange(y, 'b (h w) n t d -> b t h w (n d)', h=h)), 'b t h w c -> b t c h w')
 

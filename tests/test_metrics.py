@@ -27,6 +27,16 @@ def test_lag_is_found(lag):
     lags, r = lagged_correlation(a, b)
     assert lags[r.argmax()] == lag
 
+def test_scale_does_not_matter():
+    a = torch.randn(50)
+    assert abs(pearson(a*1e-13, a).item() - 1) < 1e-5 and abs(pearson(a*1e9, a).item() - 1) < 1e-5
+
+def test_flicker_in_half_precision(): assert abs(flicker(torch.tensor([0., .02]).repeat(50).view(-1, 1, 1, 1).expand(-1, 3, 64, 64).half()).item() - 1) < .01
+
+def test_percentiles_were_measured():
+    s = latency([.01]*99 + [.5], deadline=.08)
+    assert s.p99 == 500 and s.missed == .01 and latency([.01]).missed is None
+
 def test_constant_track_has_no_correlation(): assert pearson(torch.ones(9), torch.randn(9)) == 0
 
 @pytest.mark.parametrize('call, said', [
@@ -37,7 +47,11 @@ def test_constant_track_has_no_correlation(): assert pearson(torch.ones(9), torc
     (lambda: psnr(v(1, 3, 8, 8), v(1, 3, 8, 8), torch.ones(4, 4)), 'must match'),
     (lambda: ssim(v(1, 3, 8, 8), v(1, 3, 8, 8)), '11 x 11'),
     (lambda: flicker(v(1, 3, 8, 8)), 't of 2 or more'),
-    (lambda: lagged_correlation(v(4), v(4)), 'lags up to 6 need'),
+    (lambda: lagged_correlation(v(20), v(20)), 'lags up to 6 need 24'),
+    (lambda: lagged_correlation(v(40), v(40)*float('nan')), 'finite'),
+    (lambda: latency([.1], warmup=-1), '0 or more'),
+    (lambda: psnr(v(4, 3, 16, 16), v(4, 3, 16, 16), torch.ones(3, 16, 16)), 'accepted: (h, w)'),
+    (lambda: flicker(v(2, 3, 3, 8, 8), torch.tensor([1., 0]).view(2, 1, 1, 1, 1).expand(2, 3, 1, 8, 8)), 'nothing to measure'),
     (lambda: latency([]), 'No durations'),
     (lambda: latency([1, float('nan')]), 'finite'),
 ])

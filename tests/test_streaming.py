@@ -9,9 +9,9 @@ class Net(nn.Module, Streaming):
         super().__init__()
         self.a, self.mix, self.b = CausalConv3d(3, c, (3, 1, 1)), TemporalAttention(c, 2), CausalConv3d(c, 3, (4, 3, 3))
     def forward(self, x, state=None):
-        self.enter(x, state)
-        h = self.a(x, state).tanh()
-        return self.b(h + self.mix(h, state), state)
+        with self.call(x, state):
+            h = self.a(x, state).tanh()
+            return self.b(h + self.mix(h, state), state)
 
 def net(seed=0): torch.manual_seed(seed); return Net().requires_grad_(False)
 
@@ -28,7 +28,8 @@ def test_parity_with_cogvideox_convolution():
         assert torch.equal(ours(x), ref)
         class One(nn.Module, Streaming):
             def __init__(self): super().__init__(); self.c = ours
-            def forward(self, x, state=None): self.enter(x, state); return self.c(x, state)
+            def forward(self, x, state=None):
+                with self.call(x, state): return self.c(x, state)
         m = One()
         assert (stream(m, x, [1, 1, 3, 4], m.init_state()) - ref).abs().max() < 1e-6
 
@@ -109,11 +110,51 @@ def test_noise_belongs_to_the_row():
     (lambda m, s: stream(m, torch.randn(1, 4, 3, 4, 4), [1, 1], s), 'has 2 frames, but the input has 4'),
     (lambda m, s: CausalConv3d(3, 3, (3, 2, 3)), 'must be odd'),
     (lambda m, s: TemporalAttention(10, 4), 'multiple of 8'),
+    (lambda m, s: TemporalAttention(8, 2, history=0), '1 or more'),
+    (lambda m, s: m(torch.randn(1, 0, 3, 4, 4)), 'no frames'),
+    (lambda m, s: m(torch.randn(1, 1, 3, 2, 8), s), 'one frame size'),
 ])
 def test_errors_say_what_to_do(call, said):
     m = net(); s = m.init_state(); m(torch.randn(1, 2, 3, 4, 4), s)
     with pytest.raises(ValueError) as e: call(m, s)
     assert said in str(e.value)
+
+def test_refused_call_leaves_the_stream_as_it_was():
+    m = net(); x = torch.randn(1, 6, 3, 4, 4); s = m.init_state()
+    m(x[:, :3], s)
+    with pytest.raises(ValueError): m(torch.randn(1, 1, 3, 5, 5), s)
+    assert s.seen.item() == 3 and (m(x[:, 3:], s) - m(x)[:, 3:]).abs().max() < 1e-6
+
+def test_half_finished_call_is_not_continued():
+    "When a later layer fails, earlier caches are ahead; the state says so instead of going on."
+    m = net(); x = torch.randn(1, 6, 3, 4, 4); s = m.init_state()
+    m(x[:, :3], s)
+    def boom(*a): raise RuntimeError('boom')
+    h = m.b.register_forward_pre_hook(boom)
+    with pytest.raises(RuntimeError, match='boom'): m(x[:, 3:4], s)
+    h.remove()
+    with pytest.raises(ValueError, match='failed half-way'): m(x[:, 3:4], s)
+
+def test_layer_used_twice_is_refused():
+    class Twice(nn.Module, Streaming):
+        def __init__(self): super().__init__(); self.c = CausalConv3d(3, 3)
+        def forward(self, x, state=None):
+            with self.call(x, state): return self.c(self.c(x, state), state)
+    m = Twice()
+    with pytest.raises(ValueError, match='used twice'): m(torch.randn(1, 1, 3, 4, 4), m.init_state())
+
+def test_reset_with_seed_is_a_fresh_row():
+    m, x = net(), torch.randn(2, 4, 3, 4, 4)
+    s = m.init_state(2, seed=[3, 4]); m(x, s); s.randn(5)
+    s.reset(1, seed=9)
+    assert torch.equal(s.randn(5)[1], StreamState(m, 1, 9).randn(5)[0])
+    assert (m(x, s)[1] - m(x)[1]).abs().max() < 1e-6
+
+def test_slots_made_in_inference_mode_serve_afterwards():
+    m, x = net(), torch.randn(1, 4, 3, 4, 4)
+    s = m.init_state()
+    with torch.inference_mode(): m(x[:, :2], s)
+    assert (m(x[:, 2:], s) - m(x)[:, 2:]).abs().max() < 1e-6
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 def test_cuda():
