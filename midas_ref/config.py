@@ -51,7 +51,7 @@ class VideoConfig:
     @property
     def frame_seconds(self): return 1 / self.fps                        # duration of a frame
 
-# %% ../nbs/00_config.ipynb #1791efc2
+# %% ../nbs/00_config.ipynb #bd17b8ec
 @dataclass(frozen=True)
 class CodecConfig:
     "The 64x autoencoder: one entry per stage, from full resolution to 1/64."
@@ -65,9 +65,11 @@ class CodecConfig:
     history: int = 5                                                    # past frames that temporal attention sees
     kernel_t: int = 3                                                   # frames under a temporal convolution
     head_dim: int = 32                                                  # channels per attention head
+    decoder_norm: str = 'batch'                                         # in the decoder's convolutional stages: 'batch' (with ReLU) or 'rms' (with SiLU)
 
     def __post_init__(self):
         _positive(self, 'latent_channels', 'history', 'kernel_t', 'head_dim', 'attention_from', 'temporal_from')
+        _check(self.decoder_norm in ('batch', 'rms'), "CodecConfig.decoder_norm", self.decoder_norm, "'batch' or 'rms'")
         for n in ('attention_from', 'temporal_from'): _check(getattr(self, n) <= 7, f"CodecConfig.{n}", getattr(self, n), "1 to 7 (7: in no stage)")
         for n in ('encoder_widths', 'decoder_widths', 'encoder_depths', 'decoder_depths'):
             v = tuple(getattr(self, n)); object.__setattr__(self, n, v)
@@ -212,13 +214,13 @@ class MidasConfig:
         b = self.backbone
         return b.layers * 2 * b.kv_heads * b.head_dim * 2
 
-# %% ../nbs/00_config.ipynb #4964503c
+# %% ../nbs/00_config.ipynb #e8b8dff5
 def _tiny():
     "The preset that a laptop can run."
     return MidasConfig(name='tiny',
         video=VideoConfig(height=256, width=256),
         codec=CodecConfig(encoder_widths=(16, 32, 64, 128, 128, 128, 256), encoder_depths=(0, 1, 1, 1, 1, 1, 1),
-                          decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 2, 2, 2, 2, 2, 1), temporal_from=3),
+                          decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 2, 2, 2, 2, 2, 1), temporal_from=3, decoder_norm='rms'),
         audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4),
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=1024, name=''),

@@ -1,0 +1,62 @@
+"""Make data_samples/: portraits, speech in five languages, one clip with its truth. python tools/samples.py
+
+Everything is drawn and synthesised by this project, from the seeds below, so a second run gives the same files.
+"""
+import json
+from fractions import Fraction
+from pathlib import Path
+import av
+import numpy as np
+import soundfile
+from PIL import Image
+from midas_ref.data.clips import captions, draw, frame_times, motion, to_uint8, write_script
+from midas_ref.data.portraits import Identity, bake, expression, neutral_motion, pose
+from midas_ref.data.speech import RATE, synth
+
+OUT = Path(__file__).resolve().parents[1]/'data_samples'
+PEOPLE = {}     # name -> (identity seed, expression), filled below
+SPEECH = {
+    'en-us': ('f2', 'Hello! I was only a drawing, and now I can speak with you.'),
+    'cmn': ('f3', '你好，我叫小画，今天我们一起说话。'),
+    'es': ('m3', 'Buenos días, me llamo Paloma y vivo en una pantalla.'),
+    'ja': ('f1', 'こんにちは。きょうは いっしょに はなしましょう。'),
+    'de': ('m1', 'Guten Tag, mein Bild bewegt die Lippen, wenn du mit mir sprichst.'),
+}
+
+def portraits(size=512):
+    "Portraits as PNG and their identities as JSON."
+    (OUT/'portraits').mkdir(parents=True, exist_ok=True)
+    about = {}
+    for name, (seed, mood) in PEOPLE.items():
+        who = Identity.random(seed)
+        m = neutral_motion(1, 1) + expression(mood, .6)
+        picture = to_uint8(pose(bake([who], (size, size), views=(5, 3)), m)[0, 0]).permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(OUT/'portraits'/f'{name}.png', optimize=True)
+        about[name] = dict(seed=seed, expression=mood, identity=vars(who))
+    (OUT/'portraits'/'identities.json').write_text(json.dumps(about, indent=1))
+
+def speech():
+    "One sentence in each language, FLAC at 16 kHz."
+    (OUT/'speech').mkdir(parents=True, exist_ok=True)
+    for lang, (voice, text) in SPEECH.items():
+        x = synth(text, lang, voice, speed=150).samples
+        soundfile.write(OUT/'speech'/f'{lang}.flac', np.concatenate([np.zeros(RATE//5, np.float32), x, np.zeros(RATE//5, np.float32)]), RATE)
+
+def clip(seed=4, seconds=5.76, fps=25):
+    "A scene with sound as mp4, and its truth as JSON."
+    s = write_script(seed, seconds, 'train', 'dialogue', 'en-us', clean=True)
+    video, sound = draw(s, fps), s.samples + (s.partner.samples if s.partner else 0)
+    with av.open(str(OUT/'truth_clip.mp4'), 'w', options={'movflags': 'faststart'}) as f:
+        v, a = f.add_stream('libx264', rate=Fraction(fps)), f.add_stream('aac', rate=48000, layout='mono')
+        v.width, v.height, v.pix_fmt, v.options = video.shape[-1], video.shape[-2], 'yuv420p', {'crf': '23', 'preset': 'slow'}
+        for frame in video.permute(0, 2, 3, 1).numpy(): f.mux(v.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        f.mux(v.encode())
+        wave = av.AudioFrame.from_ndarray((np.clip(sound, -1, 1)[None]*32767).astype(np.int16), format='s16', layout='mono'); wave.sample_rate = RATE
+        for r in av.AudioResampler('fltp', 'mono', 48000).resample(wave): f.mux(a.encode(r))
+        f.mux(a.encode())
+    truth = dict(seed=seed, fps=fps, captions=captions(s), phonemes=s.phonemes(), lips_open=[round(float(x), 3) for x in motion(s, frame_times(s.seconds, fps))[:, 1]])
+    (OUT/'truth_clip.json').write_text(json.dumps(truth))
+
+if __name__ == '__main__':
+    portraits(); speech(); clip()
+    print(sum(f.stat().st_size for f in OUT.rglob('*') if f.is_file() and 'weights' not in f.parts)//1024, 'kB in', OUT)
