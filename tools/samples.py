@@ -1,4 +1,4 @@
-"""Make data_samples/: portraits, speech in five languages, one clip with its truth. python tools/samples.py
+"""Make data_samples/ (portraits, speech in five languages, one clip with its truth) and the picture of README.md: python tools/samples.py
 
 Everything is drawn and synthesised by this project, from the seeds below, so a second run gives the same files.
 """
@@ -14,7 +14,10 @@ from midas_ref.data.portraits import Identity, bake, expression, neutral_motion,
 from midas_ref.data.speech import RATE, synth
 
 OUT = Path(__file__).resolve().parents[1]/'data_samples'
-PEOPLE = {}     # name -> (identity seed, expression), filled below
+PEOPLE = {      # name -> (identity seed, expression)
+    'mira': (2, 'happy'), 'noor': (3, 'neutral'), 'tobias': (4, 'thoughtful'), 'greta': (7, 'happy'), 'lina': (19, 'neutral'),
+    'amara': (21, 'happy'), 'kenji': (24, 'neutral'), 'rose': (27, 'surprised'), 'ines': (28, 'neutral'), 'edith': (30, 'happy'), 'zahra': (40, 'neutral'),
+}
 SPEECH = {
     'en-us': ('f2', 'Hello! I was only a drawing, and now I can speak with you.'),
     'cmn': ('f3', '你好，我叫小画，今天我们一起说话。'),
@@ -34,6 +37,16 @@ def portraits(size=512):
         Image.fromarray(picture).save(OUT/'portraits'/f'{name}.png', optimize=True)
         about[name] = dict(seed=seed, expression=mood, identity=vars(who))
     (OUT/'portraits'/'identities.json').write_text(json.dumps(about, indent=1))
+
+def sheet(side=213, cols=6, extra=(5, 15, 16, 25, 42, 44, 45)):
+    "The picture at the top of README.md: the sample portraits and a few more."
+    files = [Image.open(OUT/'portraits'/f'{n}.png') for n in PEOPLE]
+    more = [Image.fromarray(to_uint8(pose(bake([Identity.random(s)], 256, views=(1, 1)), neutral_motion())[0, 0]).permute(1, 2, 0).numpy()) for s in extra]
+    all_ = [np.asarray(f.resize((side, side), Image.LANCZOS)) for f in files + more]
+    all_ = all_[:len(all_)//cols*cols]
+    picture = np.concatenate([np.concatenate(all_[i:i+cols], 1) for i in range(0, len(all_), cols)])
+    (OUT.parent/'nbs'/'images').mkdir(exist_ok=True)
+    Image.fromarray(picture).save(OUT.parent/'nbs'/'images'/'people.jpg', quality=88)
 
 def speech():
     "One sentence in each language, FLAC at 16 kHz."
@@ -58,5 +71,5 @@ def clip(seed=4, seconds=5.76, fps=25):
     (OUT/'truth_clip.json').write_text(json.dumps(truth))
 
 if __name__ == '__main__':
-    portraits(); speech(); clip()
+    portraits(); sheet(); speech(); clip()
     print(sum(f.stat().st_size for f in OUT.rglob('*') if f.is_file() and 'weights' not in f.parts)//1024, 'kB in', OUT)
