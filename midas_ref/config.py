@@ -51,7 +51,7 @@ class VideoConfig:
     @property
     def frame_seconds(self): return 1 / self.fps                        # duration of a frame
 
-# %% ../nbs/00_config.ipynb #bd17b8ec
+# %% ../nbs/00_config.ipynb #8b549612
 @dataclass(frozen=True)
 class CodecConfig:
     "The 64x autoencoder: one entry per stage, from full resolution to 1/64."
@@ -64,11 +64,12 @@ class CodecConfig:
     temporal_from: int = 1                                              # first stage with layers over time
     history: int = 5                                                    # past frames that temporal attention sees
     kernel_t: int = 3                                                   # frames under a temporal convolution
+    window: int = 1                                                     # frames folded into one latent frame (1: no compression of time)
     head_dim: int = 32                                                  # channels per attention head
     decoder_norm: str = 'batch'                                         # in the decoder's convolutional stages: 'batch' (with ReLU) or 'rms' (with SiLU)
 
     def __post_init__(self):
-        _positive(self, 'latent_channels', 'history', 'kernel_t', 'head_dim', 'attention_from', 'temporal_from')
+        _positive(self, 'latent_channels', 'history', 'kernel_t', 'window', 'head_dim', 'attention_from', 'temporal_from')
         _check(self.decoder_norm in ('batch', 'rms'), "CodecConfig.decoder_norm", self.decoder_norm, "'batch' or 'rms'")
         for n in ('attention_from', 'temporal_from'): _check(getattr(self, n) <= 7, f"CodecConfig.{n}", getattr(self, n), "1 to 7 (7: in no stage)")
         for n in ('encoder_widths', 'decoder_widths', 'encoder_depths', 'decoder_depths'):

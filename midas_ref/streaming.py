@@ -181,17 +181,18 @@ def rope(
     a, b = x[..., :d//2], x[..., d//2:]
     return torch.cat([a*cos - b*sin, b*cos + a*sin], -1)
 
-# %% ../nbs/01_streaming.ipynb #ae595fb1
+# %% ../nbs/01_streaming.ipynb #1ddb65c7
 def band_mask(
     queries:int,   # number of new frames
     keys:int,      # number of frames in all, the new ones last
     history:int,   # past frames that a frame sees
+    device=None,   # where to make it
 )->Tensor:         # bool (queries, keys), True where attention is allowed
     "The causal band: each frame sees itself and `history` frames before it."
-    age = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (age >= 0) & (age <= history)
 
-# %% ../nbs/01_streaming.ipynb #201dfb69
+# %% ../nbs/01_streaming.ipynb #a5326767
 class TemporalAttention(nn.Module):
     "Self-attention over time at each pixel, with rotary positions and a past of `history` frames."
     def __init__(self,
@@ -214,7 +215,7 @@ class TemporalAttention(nn.Module):
             raise ValueError(f"TemporalAttention takes (b, t, {self.out.in_features}, h, w); it was given {tuple(x.shape)}.")
         b, t, c, h, w = x.shape
         q, k, v = rearrange(self.qkv(rearrange(x, 'b t c h w -> b t h w c')), 'b t h w (three n d) -> three b (h w) n t d', three=3, n=self.heads)
-        mask = band_mask(t, t, self.history).to(x.device)
+        mask = band_mask(t, t, self.history, x.device)
         if state is not None:
             p = self.history
             cache = state.slot(self, 'kv', (2, h, w, self.heads, p, c//self.heads), x.dtype)
@@ -222,7 +223,7 @@ class TemporalAttention(nn.Module):
             k, v = (torch.cat([past.flatten(1, 2), new], -2) for past, new in zip(cache.unbind(1), (k, v)))
             age = torch.arange(p, 0, -1, device=x.device)                               # 5 4 3 2 1: age of the cached frames
             exists = torch.cat([age <= filled[:, None], torch.ones(b, t, dtype=torch.bool, device=x.device)], 1)
-            mask = band_mask(t, p+t, p).to(x.device) & exists[:, None, None, None]      # (b, 1, 1, t, p+t)
+            mask = band_mask(t, p+t, p, x.device) & exists[:, None, None, None]      # (b, 1, 1, t, p+t)
             cache.copy_(torch.stack([k[..., -p:, :], v[..., -p:, :]], 1).detach().view_as(cache))
             filled.add_(t).clamp_(max=p)
         when = torch.arange(k.shape[-2], device=x.device) - (k.shape[-2] - t)               # cache -5..-1, new frames 0..t-1

@@ -1,0 +1,407 @@
+"""The codec: published arithmetic and names, causal and streaming in both directions, errors that help, half precision."""
+import json, pickle
+from dataclasses import replace
+import pytest, torch
+from safetensors.torch import save_file
+from torch import nn
+from midas_ref.codec.blocks import LinearAttention, make_norm
+from midas_ref.codec.dcae import DCAE, DIFFUSERS, ORIGINAL, bench_codec, fit_statistics, load_dcae, published_name, race, record_race, translate
+from midas_ref.codec.stream import compare_flicker, decode_alone, decode_frame, decode_video, encode_frame, encode_video, state_bytes
+from midas_ref.codec.temporal import Fold, TimeBlock, Unfold, VideoDCAE, load_video_dcae
+from midas_ref.config import CodecConfig, VideoConfig
+from midas_ref.streaming import stack, stream, unstack
+
+NARROW = CodecConfig(encoder_widths=(32, 32, 64, 64, 64, 128, 128), encoder_depths=(0, 1, 2, 1, 1, 1, 1),
+                     decoder_widths=(32, 32, 64, 64, 64, 128, 128), decoder_depths=(0, 2, 1, 1, 2, 1, 1))
+LIGHT = CodecConfig(encoder_widths=(16, 16, 16, 32, 32, 64, 128), encoder_depths=(0, 1, 1, 1, 1, 1, 1), temporal_from=3,
+                    decoder_widths=(16, 16, 16, 32, 32, 64, 128), decoder_depths=(0, 1, 1, 1, 1, 1, 1))
+
+@pytest.fixture(autouse=True)
+def quiet():
+    torch.manual_seed(0)
+    with torch.no_grad(): yield
+
+def shake(model):
+    "Random norms, batch statistics and latent statistics, so that none is hidden behind ones and zeros."
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d) or type(m).__name__ in ('RMSNorm2d', 'RMSNorm'):
+            for n, t in [*m.named_parameters(), *m.named_buffers()]:
+                if t.is_floating_point(): t.data = torch.rand_like(t) + .5 if n != 'bias' else torch.randn_like(t)*.3
+    return model
+
+def awake(model, std=.3):
+    "Random weights in the projections over time that start at zero."
+    for n, p in model.named_parameters():
+        if '.time.' in n and n.endswith(('proj.weight', 'attn.out.weight')): nn.init.normal_(p, std=std / p[0].numel()**.5)
+    return model
+
+def image(cfg=NARROW): return shake(DCAE(cfg)).eval()
+def video(cfg=LIGHT): return awake(shake(VideoDCAE(cfg))).eval()
+def gap(a, b): return ((a - b).abs().max() / b.abs().max()).item()
+def clip(b, t, h=64, w=128): return torch.rand(b, t, 3, h, w)*2 - 1
+
+def reference(cfg, weights=True):
+    "The diffusers model of the same sizes."
+    diffusers = pytest.importorskip('diffusers')
+    kinds = ['ResBlock']*cfg.attention_from + ['EfficientViTBlock']*(7 - cfg.attention_from)
+    return diffusers.AutoencoderDC(in_channels=3, latent_channels=cfg.latent_channels, attention_head_dim=32, encoder_block_types=kinds, decoder_block_types=kinds,
+        encoder_block_out_channels=cfg.encoder_widths, decoder_block_out_channels=cfg.decoder_widths, encoder_layers_per_block=cfg.encoder_depths,
+        decoder_layers_per_block=cfg.decoder_depths, encoder_qkv_multiscales=[()]*7, decoder_qkv_multiscales=[()]*7, upsample_block_type='pixel_shuffle',
+        downsample_block_type='pixel_unshuffle', decoder_norm_types=['batch_norm']*3 + ['rms_norm']*4, decoder_act_fns=['relu']*3 + ['silu']*4).eval()
+
+def published(model, rules):
+    "The weights of an image codec as a third party would have written them."
+    out = {}
+    for k, v in model.state_dict().items():
+        if k in ('mean', 'std'): continue
+        n = published_name(k, model.cfg, rules)
+        if 'to_qkv' in n: out |= {n.replace('to_qkv', f'to_{c}'): t.reshape(t.shape[:2]).clone() for c, t in zip('qkv', v.chunk(3))}
+        else: out[n] = v.reshape(v.shape[:2]).clone() if rules is DIFFUSERS and n.endswith('to_out.weight') else v.clone()
+    return out
+
+# --- published arithmetic and names ----------------------------------------------------------------
+
+@pytest.mark.parametrize('size', [(384, 640), (640, 384), (128, 192), (256, 512)])   # 60, 60, 6 and 32 latent positions
+def test_parity_with_diffusers(size):
+    ref = shake(reference(NARROW)); ours = DCAE(NARROW).eval()
+    ours.load_state_dict(translate(ref.state_dict(), ours, NARROW))
+    x = torch.rand(1, 3, *size)*2 - 1
+    z = ref.encode(x).latent
+    assert z.shape[-2:] == (size[0]//64, size[1]//64)
+    assert gap(ours.denormalise(ours.encode(x)), z) < 1e-5
+    assert gap(ours.decode(ours.normalise(z)), ref.decode(z).sample) < 1e-5
+
+def test_original_names_through_diffusers_converter():
+    "diffusers' own converter turns our original-style names into exactly its own, value by value."
+    ref = reference(NARROW)
+    from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers as convert
+    ours = image()
+    theirs = convert(published(ours, ORIGINAL))
+    ref.load_state_dict(theirs, strict=True)
+    direct = published(ours, DIFFUSERS)
+    assert theirs.keys() == direct.keys() == ref.state_dict().keys()
+    assert all(torch.equal(theirs[k].flatten(), direct[k].flatten()) for k in theirs)
+    x = clip(1, 1)[0]
+    assert gap(ours.denormalise(ours.encode(x)), ref.encode(x).latent) < 1e-5
+
+def test_full_size_counts_and_names():
+    with torch.device('meta'): full = DCAE()
+    names = [k for k in full.state_dict() if k not in ('mean', 'std')]
+    assert sum(p.numel() for p in full.parameters()) == 676_896_140 and len(names) == 386
+    assert len({published_name(k, full.cfg, ORIGINAL) for k in names}) == 386
+    pytest.importorskip('diffusers')
+    with torch.device('meta'): theirs = reference(CodecConfig()).state_dict()
+    ours = {n.replace('qkv', c) for k in names for n in [published_name(k, full.cfg, DIFFUSERS)] for c in (('q', 'k', 'v') if 'to_qkv' in n else ('qkv',))}
+    assert ours == theirs.keys() and len(ours) == 418
+
+@pytest.mark.parametrize('rules', [ORIGINAL, DIFFUSERS], ids=['original', 'diffusers'])
+@pytest.mark.parametrize('cls', [DCAE, VideoDCAE])
+def test_strict_load_of_published_files(tmp_path, rules, cls):
+    ours = image(); weights = published(ours, rules)
+    save_file(weights, tmp_path/'diffusion_pytorch_model.safetensors')
+    (tmp_path/'config.json').write_text('{"_class_name": "AutoencoderDC"}')
+    again = cls.from_pretrained(tmp_path, NARROW)
+    x = clip(1, 2)
+    assert gap(again.denormalise(again.encode(x)), ours.encode(x)) < 1e-6 and not again.training
+    assert again.std.mean().item() == pytest.approx(1/.2889)
+    for change, said in (({list(weights)[3]: None}, '1 tensors missing'), ({'extra.weight': torch.zeros(1)}, '1 unknown')):
+        save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, tmp_path/'diffusion_pytorch_model.safetensors')
+        with pytest.raises(ValueError, match=said): cls.from_pretrained(tmp_path, NARROW)
+
+def test_scaling_factor_of_the_config_is_taken(tmp_path):
+    save_file(published(image(), DIFFUSERS), tmp_path/'w.safetensors')
+    (tmp_path/'config.json').write_text('{"scaling_factor": 0.25}')
+    assert load_dcae(tmp_path, NARROW).std.unique().tolist() == [4.]
+
+def test_sharded_files_are_joined(tmp_path):
+    w = published(image(), DIFFUSERS); keys = list(w)
+    for i in range(2): save_file({k: w[k] for k in keys[i::2]}, tmp_path/f'w-{i}.safetensors')
+    load_dcae(tmp_path, NARROW)
+
+@pytest.mark.parametrize('positions', [(4, 8), (3, 11), (6, 10), (10, 6), (1, 1)])
+def test_both_orders_of_linear_attention(positions):
+    a = shake(LinearAttention(64)); b = shake(LinearAttention(64)); b.load_state_dict(a.state_dict())
+    a.head_dim = b.head_dim
+    x = torch.randn(2, 64, *positions)
+    q, k, v = a.qkv(x).reshape(2, 2, 3, 32, -1).unbind(2)
+    w = k.relu().mT @ q.relu()
+    slow = x + a.norm(a.proj((v @ (w / (w.sum(-2, keepdim=True) + 1e-15))).reshape(x.shape)))
+    assert gap(a(x), slow) < 1e-5
+    with torch.autocast('cpu', torch.bfloat16): assert gap(a(x), slow) < 3e-2
+
+# --- latents ---------------------------------------------------------------------------------------
+
+def test_latents_are_normalised_and_fingerprinted(tmp_path):
+    codec, pictures = image(LIGHT), clip(6, 1, 128, 128)[:, 0]
+    before = codec.fingerprint()
+    z = fit_statistics(codec, pictures.split(4)).encode(pictures)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-4 and (z.std((0, 2, 3), unbiased=False) - 1).abs().max() < 1e-3
+    assert gap(codec.decode(z), codec.decoder(codec.encoder(pictures))) < 1e-5
+    assert codec.fingerprint() != before
+    codec.save(tmp_path/'a')
+    again = load_dcae(tmp_path/'a')
+    assert again.cfg == LIGHT and again.fingerprint() == codec.fingerprint()
+    codec.save(tmp_path/'b', torch.float16)
+    half = load_dcae(tmp_path/'b')
+    assert half.fingerprint() != codec.fingerprint() and half.mean.dtype == torch.float32
+    assert half.to(torch.float16).fingerprint() == load_dcae(tmp_path/'b').fingerprint()   # the file's own number type changes nothing
+    both = fit_statistics(video(), [clip(2, 3), clip(2, 3)])                                # a video codec takes clips
+    assert both.std.min() > 0 and torch.isfinite(both.encode(clip(1, 2))).all()
+    with pytest.raises(ValueError, match='two latent positions'): fit_statistics(codec, [pictures[:1, :, :64, :64]])
+
+def test_leading_axes():
+    codec, x = image(LIGHT), clip(2, 3)
+    assert torch.equal(codec.encode(x[None]), codec.encode(x)[None])
+    assert codec(x).shape == x.shape and codec(x[0]).shape == x[0].shape
+
+# --- layers over time ------------------------------------------------------------------------------
+
+def test_video_codec_at_start_is_the_image_codec():
+    "Ours and diffusers', frame by frame."
+    ref = shake(reference(NARROW)); codec = VideoDCAE(NARROW).eval()
+    codec.load_state_dict(codec.complete(translate(ref.state_dict(), codec, NARROW)))
+    x = clip(2, 3)
+    z = torch.stack([ref.encode(f).latent for f in x.unbind(1)], 1)
+    assert gap(codec.denormalise(codec.encode(x)), z) < 1e-6
+    assert gap(codec.decode(codec.normalise(z)), torch.stack([ref.decode(f).sample for f in z.unbind(1)], 1)) < 2e-6
+    plain = DCAE(NARROW).eval(); plain.load_state_dict({k: v for k, v in codec.state_dict().items() if '.time.' not in k})
+    assert gap(codec(x), plain(x)) < 1e-6
+
+def test_image_weights_load_into_the_video_codec(tmp_path):
+    plain, x = image(LIGHT), clip(1, 2)
+    plain.save(tmp_path/'image')
+    codec = load_video_dcae(tmp_path/'image')
+    assert gap(codec(x), plain(x)) < 1e-6
+    awake(codec).save(tmp_path/'video')
+    again = load_video_dcae(tmp_path/'video')
+    assert again.fingerprint() == codec.fingerprint() != plain.fingerprint() and torch.equal(again(x), codec(x))
+    with pytest.raises(ValueError, match='does not fit DCAE'): load_dcae(tmp_path/'video')
+    part = codec.state_dict(); del part['decoder.time.blocks.3.0.proj.weight']
+    save_file(part, tmp_path/'video'/'model.safetensors')
+    with pytest.raises(ValueError, match='decoder.time.blocks.3.0.proj.weight'): load_video_dcae(tmp_path/'video')
+
+@torch.enable_grad()
+def test_only_last_projections_start_at_zero():
+    "After one step every weight receives a gradient; with everything zero none ever does."
+    def grads(block, steps=2):
+        x, y = torch.randn(2, 1, 7, 32, 3, 3)
+        for _ in range(steps):
+            block.zero_grad(); (block(x) - y).square().mean().backward()
+            for p in block.parameters(): p.data -= .1*p.grad
+        return {n: p.grad.abs().max().item() for n, p in block.named_parameters()}
+    alive = grads(TimeBlock(32))
+    assert all(v > 0 for n, v in alive.items() if n != 'attn.qkv.bias'), alive
+    dead = TimeBlock(32)
+    for n, p in dead.named_parameters():
+        if 'norm' not in n: nn.init.zeros_(p)
+    assert {n for n, v in grads(dead, 5).items() if v} == {'proj.bias', 'attn.out.bias'}
+
+def test_stages_with_layers_over_time():
+    for first in (1, 4, 7):
+        codec = VideoDCAE(replace(LIGHT, temporal_from=first))
+        for p in (codec.encoder, codec.decoder): assert [len(b) for b in p.time.blocks] == [int(s >= first) for s in range(1, 7)]
+    assert len(VideoDCAE(replace(LIGHT, temporal_from=7)).state_dict()) == len(DCAE(LIGHT).state_dict())
+
+@pytest.mark.parametrize('cfg', [LIGHT, replace(LIGHT, window=2), replace(LIGHT, kernel_t=2, history=3, temporal_from=1), replace(LIGHT, kernel_t=1)], ids=['plain', 'window', 'short', 'kernel 1'])
+def test_causal_in_both_directions(cfg):
+    codec, x, n = video(cfg), clip(1, 8), cfg.window
+    z, y = codec.encode(x), codec.decode(codec.encode(x))
+    for t in (1, 4, 7):
+        first = t//n*n                                        # the first frame of the window that holds frame t
+        x2, z2 = x.clone(), z.clone()
+        x2[:, t] = -x2[:, t]; z2[:, t//n] += 1
+        a, b = codec.encode(x2), codec.decode(z2)
+        assert torch.equal(a[:, :t//n], z[:, :t//n]) and not torch.equal(a[:, t//n], z[:, t//n])
+        assert torch.equal(b[:, :first], y[:, :first]) and not torch.equal(b[:, first], y[:, first])
+
+@pytest.mark.parametrize('cfg, h, w, plans', [
+    (LIGHT, 64, 128, ([1]*9, [9], [2, 7], [1, 5, 3])), (LIGHT, 384, 640, ([1, 2],)), (LIGHT, 640, 384, ([2, 1],)), (replace(LIGHT, decoder_norm='rms', temporal_from=1), 128, 64, ([1]*9, [4, 5])),
+    (replace(LIGHT, window=3), 64, 128, ([1]*3, [2, 1], [3]))], ids=['plain', 'wide', 'tall', 'rms', 'window'])
+def test_streaming_equals_offline(cfg, h, w, plans):
+    codec, n = video(cfg), cfg.window
+    x = clip(2 if h < 200 else 1, sum(plans[0])*n, h, w)
+    z = codec.encode(x); y = codec.decode(z)
+    assert y.shape == x.shape
+    for plan in plans:
+        assert gap(stream(codec.encode, x, [n*p for p in plan], codec.init_encode_state(len(x))), z) < 1e-5
+        assert gap(stream(codec.decode, z, plan, codec.init_decode_state(len(x))), y) < 1e-5
+
+def test_frame_and_video_forms():
+    codec, x = video(), clip(1, 5)
+    z, y = codec.encode(x), codec(x).clamp(-1, 1)
+    e, d = codec.init_encode_state(), codec.init_decode_state()
+    for t in range(5):
+        assert gap(encode_frame(codec, x[:, t], e), z[:, t]) < 1e-5
+        assert gap(decode_frame(codec, z[:, t], d), y[:, t]) < 1e-5
+    for chunk in (1, 2, 9):
+        assert gap(torch.stack(list(encode_video(codec, iter(x[0]), chunk))), z[0]) < 1e-5
+        assert gap(torch.stack(list(decode_video(codec, z[0], chunk))), y[0]) < 1e-5
+    assert list(encode_video(codec, [])) == []
+    folded = video(replace(LIGHT, window=2))
+    padded = torch.cat([x, x[:, -1:]], 1)
+    assert gap(torch.stack(list(encode_video(folded, x[0], 2))), folded.encode(padded)[0]) < 1e-5
+    for f, v in ((encode_frame, x[:, 0]), (decode_frame, z[:, 0])):
+        with pytest.raises(ValueError, match='2 frames'): f(folded, v, None)
+
+def test_sessions_do_not_touch():
+    codec, z = video(), torch.randn(2, 6, 128, 1, 2)
+    alone = [stream(codec.decode, r[None], [1]*6, codec.init_decode_state()) for r in z]
+    states = [codec.init_decode_state() for _ in z]
+    turns = [[codec.decode(r[None, t:t+1], s) for r, s in zip(z, states)] for t in range(6)]
+    for i in range(2): assert torch.equal(torch.cat([t[i] for t in turns], 1), alone[i])
+    x = clip(2, 4)
+    a, b = codec.init_encode_state(), codec.init_decode_state()                     # an encoder and a decoder on one model
+    for t in range(4): codec.encode(x[:1, t:t+1], a); codec.decode(z[:1, t:t+1], b)
+    assert gap(codec.decode(z[:1, 4:6], b), alone[0][:, 4:6]) < 1e-5
+
+def test_rows_at_different_positions():
+    codec, z, ages = video(), torch.randn(3, 9, 128, 1, 2), (6, 2, 0)
+    alone = codec.decode(z)
+    states = [codec.init_decode_state() for _ in ages]
+    for r, s, n in zip(z, states, ages):
+        if n: codec.decode(r[None, :n], s)
+    batch = stack(states)
+    y = codec.decode(torch.stack([r[n:n+2] for r, n in zip(z, ages)]), batch)
+    for i, n in enumerate(ages): assert gap(y[i], alone[i, n:n+2]) < 1e-5
+    batch.reset(0)
+    y = codec.decode(torch.stack([z[0, :1], z[1, 4:5], z[2, 2:3]]), batch)
+    for i, n in enumerate((0, 4, 2)): assert gap(y[i], alone[i, n:n+1]) < 1e-5
+    assert [s.seen.item() for s in unstack(batch)] == [1, 5, 3]
+
+def test_state_is_constant_and_as_predicted():
+    codec = video(replace(LIGHT, temporal_from=5))
+    for part, state, run, x in (('decoder', codec.init_decode_state(), codec.decode, torch.randn(1, 20, 128, 1, 1)), ('encoder', codec.init_encode_state(), codec.encode, clip(1, 20, 64, 64))):
+        sizes, first = set(), None
+        for _ in range(100): last = run(x, state); sizes.add(state.nbytes); first = last if state.seen[0] == 200 else first
+        assert state.seen.tolist() == [2000] and len(sizes) == 1
+        assert gap(last, first) < 1e-5                                              # the same input for ever gives the same output
+        assert 0 <= sizes.pop() - sum(a + b for *_, a, b in state_bytes(codec.cfg, VideoConfig(64, 64), part, 4)) < 200
+    with pytest.raises(ValueError, match='accepted'): state_bytes(codec.cfg, VideoConfig(64, 64), 'both')
+
+def test_window_passes_still_pictures():
+    "Before training, a still clip goes through a folding codec as through the image codec."
+    plain = image(LIGHT); folded = VideoDCAE(replace(LIGHT, window=4)).eval()
+    folded.load_state_dict(plain.state_dict() | {k: v for k, v in folded.state_dict().items() if '.time.' in k})
+    x = clip(1, 1).expand(-1, 8, -1, -1, -1)
+    assert folded.encode(x).shape == (1, 2, 128, 1, 2) and gap(folded(x), plain(x)) < 1e-5
+    assert isinstance(folded.encoder.time.window, Fold) and isinstance(folded.decoder.time.window, Unfold)
+
+@torch.enable_grad()
+def test_checkpointing_changes_nothing_but_memory():
+    codec, x = video().train(), clip(1, 3)
+    def grads():
+        codec.zero_grad(); y = codec(x); y.square().mean().backward()
+        return y.detach(), torch.cat([p.grad.flatten() for p in codec.parameters()])
+    y, g = grads(); codec.checkpointing(); y2, g2 = grads()
+    assert torch.equal(y, y2) and gap(g2, g) < 1e-5
+    before = gap(stream(codec.decode, codec.encode(x).detach(), [1, 2], codec.init_decode_state()), y)
+    assert before < 1e-5                                                            # streams ignore it
+
+def test_batch_statistics_stay_frozen():
+    codec = video().train()
+    stats = {k: v.clone() for k, v in codec.state_dict().items() if 'running' in k}
+    codec(clip(1, 4))
+    assert stats and all(torch.equal(v, codec.state_dict()[k]) for k, v in stats.items())
+
+def test_shortcuts_can_be_turned_off(tmp_path):
+    on, off = DCAE(LIGHT), DCAE(LIGHT, shortcuts=False)
+    assert on.state_dict().keys() == off.state_dict().keys()
+    off.load_state_dict(on.state_dict()); x = clip(1, 1)
+    assert gap(on(x), off(x)) > 1e-2
+    pictures = lambda step: clip(1, 2)[0]
+    with torch.enable_grad():
+        assert len(race(False, pictures, 3, LIGHT)) == 3
+        record_race(tmp_path/'r.json', pictures, 4, LIGHT, 'a test', every=2)
+    log = json.loads((tmp_path/'r.json').read_text())
+    assert log['steps'] == [2, 4] and len(log['with']) == len(log['without']) == 2 and log['about'] == 'a test'
+
+def test_flicker_of_an_untrained_codec():
+    clips, numbers = compare_flicker(VideoDCAE(LIGHT).eval(), torch.zeros(3, 64, 64), 6, skip=1)
+    assert numbers['streamed'] == pytest.approx(numbers['each frame alone'], rel=1e-3) and numbers['input'] > 1
+    z = torch.randn(2, 3, 128, 1, 1); codec = video()
+    assert gap(decode_alone(codec, z)[:, 2], codec.decode(z[:, 2:])[:, 0]) < 1e-5
+    with pytest.raises(ValueError, match='at least two'): compare_flicker(codec, torch.zeros(3, 64, 64), 6, skip=5)
+
+# --- errors ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('cls', [DCAE, VideoDCAE])
+@pytest.mark.parametrize('change, said', [
+    (lambda x: x[..., :100], 'multiples of 64'), (lambda x: x[..., :60, :], 'multiples of 64'), (lambda x: x[:, :, :2], '3 colours'), (lambda x: x[:0], 'no axis empty'),
+    (lambda x: x*3, r'must lie in \[-1, 1\]'), (lambda x: x*float('nan'), 'not finite'), (lambda x: x/0, 'not finite'), (lambda x: (x*127).byte(), 'floating point')])
+def test_bad_frames(cls, change, said):
+    with pytest.raises(ValueError, match=said): cls(LIGHT).encode(change(clip(1, 2)))
+
+@pytest.mark.parametrize('cls', [DCAE, VideoDCAE])
+@pytest.mark.parametrize('z, said', [(torch.zeros(1, 1, 64, 1, 1), '128'), (torch.full((1, 1, 128, 1, 1), float('nan')), 'not finite'), (torch.zeros(1, 0, 128, 1, 1), 'none empty')])
+def test_bad_latents(cls, z, said):
+    with pytest.raises(ValueError, match=said): cls(LIGHT).decode(z)
+
+def test_bad_streams():
+    codec, x = video(), clip(1, 2)
+    e, d = codec.init_encode_state(), codec.init_decode_state()
+    for f, v, s in ((codec.encode, x, d), (codec.decode, torch.zeros(1, 1, 128, 1, 2), e), (codec.encode, x, video().init_encode_state())):
+        with pytest.raises(ValueError, match='another model'): f(v, s)
+    with pytest.raises(ValueError, match=r'\(b, t, 3, h, w\)'): codec.encode(x[0])
+    with pytest.raises(ValueError, match=r'\(b, t, 128, h, w\)'): codec.decode(torch.zeros(1, 128, 1, 2))
+    with pytest.raises(ValueError, match='one frame per stream'): encode_frame(codec, x, e)
+    with pytest.raises(ValueError, match='one latent per stream'): decode_frame(codec, torch.zeros(1, 1, 128, 1, 2), d)
+    with pytest.raises(ValueError, match='multiples of 3'): video(replace(LIGHT, window=3)).encode(x)
+    with pytest.raises(ValueError, match='1 or more'): list(encode_video(codec, x[0], 0))
+    good = codec.encode(x, e)
+    with pytest.raises(ValueError): codec.encode(x*float('nan'), e)                 # refused before any cache was touched
+    whole = codec.encode(torch.cat([x, x], 1))
+    assert gap(torch.cat([good, codec.encode(x, e)], 1), whole) < 1e-5
+    assert codec.encode(x*2, check=False).shape == good.shape
+
+def test_bad_files(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    image(LIGHT).save(tmp_path/'good')
+    data = (tmp_path/'good'/'model.safetensors').read_bytes()
+    for name, content in (('half/w.safetensors', data[:len(data)//2]), ('empty/w.safetensors', b''), ('pickle/model.pt', pickle.dumps({})), ('disguised/w.safetensors', pickle.dumps({})), ('json/model.safetensors', data), ('json/config.json', b'{')):
+        (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_bytes(content)
+    (tmp_path/'foreign').mkdir(); save_file({'layers.0.weight': torch.zeros(2)}, tmp_path/'foreign'/'w.safetensors')
+    (tmp_path/'nothing').mkdir()
+    for where, error, said in (('half', ValueError, 'complete safetensors'), ('empty', ValueError, 'complete safetensors'), ('pickle', FileNotFoundError, 'run code'), ('pickle/model.pt', FileNotFoundError, 'run code'),
+                               ('disguised', ValueError, 'complete safetensors'), ('json', ValueError, 'valid JSON'), ('foreign', ValueError, 'no DC-AE checkpoint'), ('nothing', FileNotFoundError, 'safetensors'), ('absent', FileNotFoundError, 'No folder')):
+        for load in (load_dcae, load_video_dcae):
+            with pytest.raises(error, match=said): load(tmp_path/where)
+    for where in ('weights.safetensors', 'some/w.safetensors', './nowhere'):
+        with pytest.raises(FileNotFoundError, match='accepted'): load_dcae(where)
+    with pytest.raises(FileNotFoundError, match='hub'): load_dcae('midas-ref-nobody/no-such-codec')
+    with pytest.raises(ValueError, match='does not fit'): load_dcae(tmp_path/'good', NARROW)      # other sizes
+    with pytest.raises(ValueError, match='rms'): make_norm('layer', 4)
+
+# --- number types ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('cls', [DCAE, VideoDCAE])
+def test_half_precision(cls):
+    "bfloat16 stays close, streams, and takes float32 frames."
+    codec = awake(cls(replace(LIGHT, decoder_norm='rms'))).eval(); x = clip(1, 3)
+    z, y = codec.encode(x), codec(x)
+    half = awake(cls(replace(LIGHT, decoder_norm='rms'))).eval(); half.load_state_dict(codec.state_dict()); half = half.to(torch.bfloat16)
+    assert half.encode(x).dtype == half.decode(z).dtype == torch.bfloat16
+    assert gap(half.encode(x).float(), z) < .05 and gap(half.decode(z).float(), y) < .05
+    with torch.autocast('cpu', torch.bfloat16): assert gap(codec(x).float(), y) < .1
+    if cls is VideoDCAE:
+        got = stream(half.decode, z, [1, 2], half.init_decode_state())
+        assert gap(got.float(), half.decode(z).float()) < .05
+
+def test_channels_last_changes_nothing():
+    codec, x = video(), clip(1, 3)
+    y = codec(x)
+    assert gap(codec.channels_last()(x), y) < 1e-5
+    assert gap(stream(codec.decode, codec.encode(x), [1, 1, 1], codec.init_decode_state()), y) < 1e-5
+
+def test_bench_gives_latencies():
+    codec = image(LIGHT); kept = codec.fingerprint()
+    out = bench_codec(codec, 64, 64, n=3, warmup=1)
+    assert out['encode'].n == out['decode'].n == 3 and out['decode'].p50 > 0 and codec.fingerprint() == kept
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('dtype, tol', [(torch.float32, 2e-3), (torch.bfloat16, .06)])
+def test_cuda(dtype, tol):
+    codec, x = video(), clip(1, 4, 128, 192)
+    z, y = codec.encode(x), codec(x)
+    codec = codec.to('cuda', dtype).channels_last()
+    assert gap(codec.encode(x.cuda()).float().cpu(), z) < tol
+    assert gap(stream(codec.decode, z.cuda(), [1]*4, codec.init_decode_state()).float().cpu(), y) < tol
