@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'Command', 'option', 'command', 'number', 'frame_size',
-           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'bench_draw', 'data_show', 'main']
+           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'bench_draw', 'data_show',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -126,7 +127,7 @@ def data_pack(a):
     report = pack(a.folder, a.out, a.fps, a.size, a.seconds, a.shortest, a.fill, a.per_shard, a.workers, a.licence, a.language, a.split, progress=a.progress)
     print(report_table(report))
 
-# %% ../nbs/90_cli.ipynb #d87683de
+# %% ../nbs/90_cli.ipynb #ba11c4ae
 DEVICE = option('--device', default='auto', help='auto, cpu, cuda or cuda:N (default auto)')
 
 def device_of(text):
@@ -153,6 +154,29 @@ def train_probe(a):
     grade = probes.grade(probe, device=device)
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
+
+@command('train codec', 'train the codec, first stage: pictures alone (page 24)', 'midas-ref train codec runs/codec --minutes 25 --device cuda --workers 3\nmidas-ref train codec runs/codec --minutes 9 --begin 0 --end 0.36 --device cuda --workers 3\nmidas-ref train codec runs/codec --minutes 9 --begin 0.36 --end 0.72 --device cuda --workers 3 --resume',
+    option('out', metavar='OUT', help='folder for checkpoint, log and codec'), option('--minutes', type=number(float, .01), default=25., help='length of this piece (default 25)'),
+    option('--begin', type=number(float, 0, 1), default=0., help='progress of the whole run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
+    option('--lr', type=number(float, 1e-6, 1), default=4e-4, help='peak learning rate (default 4e-4)'), option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'),
+    option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
+    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors'), DEVICE)
+def train_codec(a):
+    "One piece of stage 1."
+    import json, torch
+    from pathlib import Path
+    from midas_ref.config import preset
+    from midas_ref.codec import train as T
+    from midas_ref.codec.dcae import DCAE
+    from midas_ref.data.probes import People, load_probe, mouth_pool
+    device, out = device_of(a.device), Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    trainer = T.SpatialTrainer(T.near_identity(DCAE(preset('tiny').codec)).to(device), load_probe('a'), a.lr, fast=device != 'cpu')
+    if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
+    people, lines = People(a.people, mouth_pool(300), a.first, device, workers=a.workers, fast=device != 'cpu'), (out/'log.jsonl').open('a')
+    say = lambda d: (lines.write(json.dumps(d) + '\n'), lines.flush(), print(json.dumps(d), flush=True))
+    T.train_spatial(trainer, people, a.minutes, out, a.begin, a.end, (min(16, a.people), 4), log=say)
 
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',
     option('--people', type=number(int, 1), default=1, help='people in a call (default 1)'), option('--frames', type=number(int, 1), default=8, help='frames of each (default 8)'),
