@@ -359,7 +359,7 @@ def reference_motion(
     for name, sigma in (('yaw', .22), ('pitch', .1), ('roll', .07), ('gaze_x', .2), ('gaze_y', .12)): out[MOTION.index(name)] += rng.normal(0, sigma)
     return torch.from_numpy(np.clip(out, -1, 1).astype(np.float32))[None, None]
 
-# %% ../../nbs/data/12_clips.ipynb #d09ded1d
+# %% ../../nbs/data/12_clips.ipynb #e2842718
 def clip_sample(
     seed:int,               # which clip
     seconds:float=9.6,      # length
@@ -367,7 +367,7 @@ def clip_sample(
     height:int=256,         # pixels
     width:int=256,          # pixels
     split:str='train',      # 'train' or 'test'
-)->dict:                    # video uint8 (t, h, w, 3), audio float32 (s,), meta, reference uint8 (h, w, 3), truth
+)->dict:                    # video uint8 (t, h, w, 3), audio and partner float32 (s,), meta, reference uint8 (h, w, 3), truth
     "A synthetic clip, complete."
     script = write_script(seed, seconds, split)
     layers = bake([script.identity], (height, width))
@@ -377,7 +377,7 @@ def clip_sample(
     meta = dict(seed=seed, split=split, kind=script.kind, language=script.lang, voice=script.speech.voice, text=script.speech.text, fps=fps,
                 captions=captions(script), source='midas_ref synthetic', licence='CC0-1.0',
                 phonemes=[[round(a, 4), round(b, 4), p] for a, b, p in script.speech.phonemes])
-    return dict(video=frames.permute(0, 2, 3, 1).contiguous().numpy(), audio=script.samples, meta=meta,
+    return dict(video=frames.permute(0, 2, 3, 1).contiguous().numpy(), audio=script.samples, partner=None if script.partner is None else script.partner.samples, meta=meta,
                 reference=to_uint8(pose(layers, reference_motion(seed))[0, 0]).permute(1, 2, 0).contiguous().numpy(),
                 truth=dict(motion=m.numpy(), keypoints=points.numpy()))
 
