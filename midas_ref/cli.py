@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'Command', 'option', 'command', 'number', 'frame_size',
-           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'bench_draw', 'data_show',
-           'main']
+           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'train_audio_command',
+           'bench_draw', 'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -41,7 +41,7 @@ def command(
     def add(f): COMMANDS[name] = Command(name, help, examples, options, f); return f
     return add
 
-# %% ../nbs/90_cli.ipynb #3dd84342
+# %% ../nbs/90_cli.ipynb #52ce5d5e
 def number(
     kind,         # int or float
     low:float,    # smallest accepted value
@@ -51,7 +51,7 @@ def number(
     def read(text):
         try: v = kind(text)
         except ValueError: v = math.nan
-        if not low <= v <= high:
+        if not (low <= v <= high and math.isfinite(v)):
             what = 'a whole number' if kind is int else 'a number'
             raise argparse.ArgumentTypeError(f"{text!r}; accepted: {what}, {low:g} or more" + (f", {high:g} at most" if high < math.inf else ''))
         return v
@@ -67,7 +67,7 @@ def frame_size(
     if any(v % 2 or not 16 <= v <= 4096 for v in size): raise argparse.ArgumentTypeError(f"{text!r}; accepted: even sides from 16 to 4096")
     return size
 
-# %% ../nbs/90_cli.ipynb #67286b88
+# %% ../nbs/90_cli.ipynb #91afb47b
 @dataclass(frozen=True)
 class Synthetic:
     "Makes clip `i` by calling a function given by name; small enough to send to worker processes."
@@ -95,7 +95,7 @@ PER_SHARD = option('--per-shard', type=number(int, 1), default=32, metavar='N', 
 @command('data make', 'draw synthetic talking people, with sound and truth, as shards', 'midas-ref data make shards --minutes 10\nmidas-ref data make shards --minutes 600 --size 384x640 --fps 25 --workers 16',
     option('out', metavar='OUT', help='folder for the shards; run again after an interruption to finish'),
     option('--minutes', type=number(float, .01), default=10., help='how much video in all (default 10)'),
-    option('--seconds', type=number(float, .1, 600), default=9.6, help='length of a clip (default 9.6, twenty chunks)'),
+    option('--seconds', type=number(float, .8, 600), default=9.6, help='length of a clip, 0.8 or more (default 9.6, twenty chunks)'),
     option('--seed', type=number(int, 0, 2000), default=0, help='another seed, other people (default 0)'),
     SIZE, option('--fps', type=number(float, 1, 120), default=12.5, help='frames per second (default 12.5)'), WORKERS, PER_SHARD,
     option('--split', choices=('train', 'test'), default='train', help='people of one split never appear in the other (default train)'),
@@ -127,7 +127,7 @@ def data_pack(a):
     report = pack(a.folder, a.out, a.fps, a.size, a.seconds, a.shortest, a.fill, a.per_shard, a.workers, a.licence, a.language, a.split, progress=a.progress)
     print(report_table(report))
 
-# %% ../nbs/90_cli.ipynb #ba11c4ae
+# %% ../nbs/90_cli.ipynb #117f3ee2
 DEVICE = option('--device', default='auto', help='auto, cpu, cuda or cuda:N (default auto)')
 
 def device_of(text):
@@ -177,6 +177,22 @@ def train_codec(a):
     people, lines = People(a.people, mouth_pool(300), a.first, device, workers=a.workers, fast=device != 'cpu'), (out/'log.jsonl').open('a')
     say = lambda d: (lines.write(json.dumps(d) + '\n'), lines.flush(), print(json.dumps(d), flush=True))
     T.train_spatial(trainer, people, a.minutes, out, a.begin, a.end, (min(16, a.people), 4), log=say)
+
+@command('train audio', 'teach the audio tokenizer mouths, on synthesised speech', 'midas-ref train audio weights/audio.safetensors --hours 20 --minutes 7\nmidas-ref train audio /tmp/try.safetensors --hours 0.2 --minutes 1 --device cpu',
+    option('out', metavar='OUT', help='file for the weights (.safetensors); a report lies beside it as .json'),
+    option('--hours', type=number(float, .005, 1000), default=20., help='speech to synthesise (default 20)'),
+    option('--minutes', type=number(float, .01), default=7., help='length of the training, without the synthesis (default 7)'),
+    option('--batch', type=number(int, 1), default=64, help='pieces of a batch (default 64)'),
+    option('--seconds', type=number(float, .16), default=8., help='length of a piece (default 8)'),
+    option('--lr', type=number(float, 0), default=2e-3, help='highest learning rate (default 2e-3)'),
+    option('--seed', type=number(int, 0), default=0, help='of everything random (default 0)'),
+    option('--device', default='', help='such as cuda or cpu (default: that of settings.ini)'),
+    option('--workers', type=number(int, 0, 256), default=None, metavar='N', help='processes that synthesise (default: one per core)'))
+def train_audio_command(a):
+    "Train, judge, write."
+    from midas_ref.conditions.audio import train_audio_files
+    from midas_ref.config import pick_device
+    train_audio_files(a.out, a.hours, a.minutes, a.workers, a.device or str(pick_device()[0]), a.batch, a.seconds, a.lr, seed=a.seed, progress=a.progress)
 
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',
     option('--people', type=number(int, 1), default=1, help='people in a call (default 1)'), option('--frames', type=number(int, 1), default=8, help='frames of each (default 8)'),
@@ -241,7 +257,7 @@ def _make_parser():
         p.set_defaults(_command=c)
     return top
 
-# %% ../nbs/90_cli.ipynb #cef3145e
+# %% ../nbs/90_cli.ipynb #f7f41d0e
 def main(
     argv:list|None=None,  # words after `midas-ref`; None takes those of this process
 )->int:                   # exit status
@@ -252,7 +268,7 @@ def main(
         sys.stdout.flush()                      # a closed pipe shows here rather than on the way out
         return status
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 2     # --help, --version, wrong use
-    except KeyboardInterrupt: print("\nmidas-ref: interrupted; run the same command again to go on.", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("\nmidas-ref: interrupted." + (" Run the same command again to go on." if 'data' in (argv or sys.argv[1:])[:1] else ''), file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         if os.environ.get('MIDAS_DEBUG'): raise

@@ -86,7 +86,7 @@ class CodecConfig:
             whole = all(4*a % b == 0 for a, b in zip(v[1:], v[2:])) and v[6] % self.latent_channels == 0
             _check(whole, f"CodecConfig.{n}", v, f"widths that divide 4 x their neighbour above, the last a multiple of latent_channels={self.latent_channels}")
 
-# %% ../nbs/00_config.ipynb #81d820b2
+# %% ../nbs/00_config.ipynb #b8f723d9
 @dataclass(frozen=True)
 class AudioConfig:
     "The streaming audio tokenizer (Whisper-VQ): one token per 80 ms."
@@ -99,13 +99,23 @@ class AudioConfig:
     ffn: int = 5120             # width of the feed-forward layers
     codes: int = 16384          # entries in the codebook
     block: int = 200            # positions of 20 ms that see each other in both directions
+    past: int = 176             # positions before the newest that an output may still look at
+    positions: str = 'learned'  # 'learned' (the window is encoded again for every chunk) or 'rotary' (keys and values are cached)
 
     def __post_init__(self):
-        _positive(self, *(f.name for f in dataclasses.fields(self)))
+        _positive(self, *(f.name for f in dataclasses.fields(self) if f.name != 'positions'))
         _check(self.width % self.heads == 0, "AudioConfig.width", self.width, f"a multiple of heads={self.heads}")
+        _check(self.positions in ('learned', 'rotary'), "AudioConfig.positions", self.positions, "'learned' or 'rotary'")
+        _check(self.past % 4 == 0, "AudioConfig.past", self.past, "a multiple of 4 (a token is 4 positions)")
+        if self.positions == 'learned': _check(0 < self.block - self.past and self.block % 4 == 0, "AudioConfig.block", self.block, f"a multiple of 4 above past={self.past}")
+        else: _check(self.block == 4, "AudioConfig.block", self.block, "4 with rotary positions: one block is one token")
 
     @property
     def token_seconds(self): return self.token_samples / self.sample_rate  # seconds per token
+    @property
+    def hop_tokens(self): return 1 if self.positions == 'rotary' else (self.block - self.past)//4   # tokens that come out together
+    @property
+    def mel_mode(self): return 'causal' if self.positions == 'rotary' else 'published'              # how its log-mel is computed
 
 @dataclass(frozen=True)
 class PoseConfig:
@@ -215,14 +225,14 @@ class MidasConfig:
         b = self.backbone
         return b.layers * 2 * b.kv_heads * b.head_dim * 2
 
-# %% ../nbs/00_config.ipynb #e8b8dff5
+# %% ../nbs/00_config.ipynb #94b65407
 def _tiny():
     "The preset that a laptop can run."
     return MidasConfig(name='tiny',
         video=VideoConfig(height=256, width=256),
         codec=CodecConfig(encoder_widths=(16, 32, 64, 128, 128, 128, 256), encoder_depths=(0, 1, 1, 1, 1, 1, 1),
                           decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 2, 2, 2, 2, 2, 1), temporal_from=3, decoder_norm='rms'),
-        audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4),
+        audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4, positions='rotary'),
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=1024, name=''),
         head=HeadConfig(width=256, layers=5, heads=8))

@@ -6,9 +6,10 @@ __all__ = ['MOODS', 'ACTIONS', 'CHUNK', 'SPLITS', 'TEST_IDENTITIES', 'STEADY', '
            'Script', 'fit', 'voice_of', 'place', 'converse', 'head_events', 'write_script', 'activity', 'motion',
            'frame_times', 'captions', 'draw', 'to_uint8', 'reference_motion', 'clip_sample', 'bench_draw']
 
-# %% ../../nbs/data/12_clips.ipynb #761019af
+# %% ../../nbs/data/12_clips.ipynb #2a00a690
 import shutil, time, zlib
 from dataclasses import dataclass, replace
+from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
@@ -228,7 +229,7 @@ def head_events(rng, seconds, lively):
     to = rng.normal(0, [.23, .10, .075], (n+1, 3)) * (.35 + lively) * (rng.random((n+1, 1)) < .8)
     return (starts, rng.uniform(.35, .95, n+1), to.clip([-.55, -.3, -.25], [.55, .3, .25])), waves
 
-# %% ../../nbs/data/12_clips.ipynb #9a405816
+# %% ../../nbs/data/12_clips.ipynb #08af122a
 def write_script(
     seed:int,                # any whole number
     seconds:float=9.6,       # length; rounded to 80 ms
@@ -256,13 +257,13 @@ def write_script(
     starts = CHUNK*np.concatenate([[0], np.cumsum(rng.integers(5, 13, int(seconds/2.4) + 1))])
     moods = [(float(s), str(m), str(rng.choice(MOODS[m]))) for s, m in zip(starts, rng.choice(list(MOODS), len(starts), p=[.3, .2, .12, .12, .13, .13]))]
     beats = stressed(speech)
-    ends = [a for a, b, p in partner.phonemes if not p and b - a > .15] if partner else []
+    ends = [a for a, b, p in partner.phonemes if not p and a > 0 and b - a > .15] if partner else []
     return Script(seed, split, kind, seconds, identity or Identity.random(who), speech, (speech if clean else augment(speech, int(rng.integers(1 << 31)))).samples, partner,
         moods, blink_times(rng, seconds), gaze_targets(rng, seconds, .12 if kind == 'idle' else .3), turns, waves,
         np.stack([beats, rng.normal(.030, .022, len(beats)) * (.4 + lively)], -1).reshape(-1, 2),
         np.stack([ends, rng.uniform(.02, .07, len(ends))], -1).reshape(-1, 2), (rng.uniform(3.2, 5.2), rng.uniform(0, 2*np.pi)))
 
-# %% ../../nbs/data/12_clips.ipynb #71abb93c
+# %% ../../nbs/data/12_clips.ipynb #8e519678
 def activity(
     script:Script,  # a scene
     times,          # seconds, (t,)
@@ -312,7 +313,7 @@ def frame_times(
     fps:float,      # frames per second
 )->np.ndarray:      # seconds, (t,)
     "The instants that frames show: the middle of each."
-    return (np.arange(round(seconds*fps)) + .5) / fps
+    return (np.arange(int(seconds*fps + 1e-6)) + .5) / fps
 
 # %% ../../nbs/data/12_clips.ipynb #ba96c202
 def captions(
@@ -359,7 +360,7 @@ def reference_motion(
     for name, sigma in (('yaw', .22), ('pitch', .1), ('roll', .07), ('gaze_x', .2), ('gaze_y', .12)): out[MOTION.index(name)] += rng.normal(0, sigma)
     return torch.from_numpy(np.clip(out, -1, 1).astype(np.float32))[None, None]
 
-# %% ../../nbs/data/12_clips.ipynb #e2842718
+# %% ../../nbs/data/12_clips.ipynb #a0f14b72
 def clip_sample(
     seed:int,               # which clip
     seconds:float=9.6,      # length
@@ -374,10 +375,11 @@ def clip_sample(
     m = torch.from_numpy(motion(script, frame_times(script.seconds, fps)))
     frames = torch.cat([to_uint8(pose(layers, part[None])[0]) for part in m.split(16)])
     points = torch.cat([keypoints(layers, part[None])[0] for part in m.split(64)])
+    n = round(len(frames)/Fraction(fps).limit_denominator(1001)*RATE)                            # sound as long as the picture
     meta = dict(seed=seed, split=split, kind=script.kind, language=script.lang, voice=script.speech.voice, text=script.speech.text, fps=fps,
-                captions=captions(script), source='midas_ref synthetic', licence='CC0-1.0',
+                captions=captions(script), source='midas_ref synthetic', origin='synthetic', licence='CC0-1.0',
                 phonemes=[[round(a, 4), round(b, 4), p] for a, b, p in script.speech.phonemes])
-    return dict(video=frames.permute(0, 2, 3, 1).contiguous().numpy(), audio=script.samples, partner=None if script.partner is None else script.partner.samples, meta=meta,
+    return dict(video=frames.permute(0, 2, 3, 1).contiguous().numpy(), audio=script.samples[:n], partner=None if script.partner is None else script.partner.samples[:n], meta=meta,
                 reference=to_uint8(pose(layers, reference_motion(seed))[0, 0]).permute(1, 2, 0).contiguous().numpy(),
                 truth=dict(motion=m.numpy(), keypoints=points.numpy()))
 

@@ -516,7 +516,7 @@ class ShardDataset(IterableDataset):
             for p in problems: warnings.warn("{0}: clip {1} was skipped: {2}".format(*p))
             yield from samples
 
-# %% ../../nbs/data/13_shards.ipynb #c1e73528
+# %% ../../nbs/data/13_shards.ipynb #692c22a5
 class _Batches(IterableDataset):
     "What a `DataLoader` iterates: the plan of its worker, collated there."
     def __init__(self, data, batch, collate): self.data, self.batch, self.collate = data, batch, collate
@@ -544,14 +544,14 @@ class ShardLoader:
     def __len__(self): return -(-len(self.data)//self.batch)   # batches of a whole epoch
 
     def __iter__(self):
-        d = self.data; self._turn(); start, seen = d.consumed, 0
+        d = self.data; self._turn(); start, seen, before = d.consumed, 0, len(d.skipped)
         ahead = {'prefetch_factor': self.prefetch} if self.workers else {}
         for n, batch, problems in DataLoader(_Batches(d, self.batch, self.collate), batch_size=None, num_workers=self.workers, collate_fn=_as_is, **ahead):
             d.consumed = min(d.total, d.consumed + n*d.world)
             d.skipped += problems
             for p in problems: warnings.warn("{0}: clip {1} was skipped: {2}".format(*p), stacklevel=2)
             if len(problems) < n: seen += 1; yield batch
-        if not seen and start < d.total and len(d): raise RuntimeError(f"None of the clips could be read; the last problem: {d.skipped[-1]}.")
+        if not seen and start < d.total and len(d.skipped) > before: raise RuntimeError(f"None of the clips could be read; the last problem: {d.skipped[-1]}.")
         d.epoch, d.consumed = d.epoch + 1, 0
 
     def _turn(self):
@@ -571,15 +571,16 @@ class ShardLoader:
             if state[k] != v: raise ValueError(f"This position is for {k}={state[k]!r}, and the dataset has {k}={v!r}; a position fits only the same clips in the same order.")
         d.epoch, d.consumed = state['epoch'], state['consumed']
 
-# %% ../../nbs/data/13_shards.ipynb #1e3c01c4
+# %% ../../nbs/data/13_shards.ipynb #7833a7c4
 def to_tensors(
     sample:Sample,  # a clip
-)->dict:            # 'video' float (t, c, h, w) in [-1, 1], 'audio' float (s,), 'reference' (c, h, w) where there is one, 'truth', 'meta', 'key'
+)->dict:            # 'video' float (t, c, h, w) in [-1, 1], 'audio' float (s,), 'partner' and 'reference' (c, h, w) where there is one, 'truth', 'meta', 'key'
     "A clip as tensors in the ranges that the networks use; a `transform` for `ShardDataset`."
     picture = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3))).float() / 127.5 - 1
     out = {'key': sample.key, 'meta': sample.meta, 'video': picture(sample.video), 'audio': torch.from_numpy(sample.audio),
            'truth': {k: torch.from_numpy(np.array(a)) for k, a in sample.truth.items()}}
     if sample.reference is not None: out['reference'] = picture(sample.reference)
+    if sample.partner is not None: out['partner'] = torch.from_numpy(sample.partner)
     return out
 
 # %% ../../nbs/data/13_shards.ipynb #06d19f0e
@@ -932,7 +933,7 @@ def report_table(
     lines = [f"{'file':{wide}}  clips  seconds  "] + [f"{r['file']:{wide}}  {r['clips']:5d}  {r['seconds']:7.2f}  {r['reason']}" for r in report['files']]
     return '\n'.join(x.rstrip() for x in lines + [f"{'in all':{wide}}  {report['clips']:5d}  {report['seconds']:7.2f}"])
 
-# %% ../../nbs/data/13_shards.ipynb #d7a94819
+# %% ../../nbs/data/13_shards.ipynb #30c360bb
 def contact_sheet(
     shards:Shards,      # the clips
     rows:int=8,         # clips to show, spread over all of them
@@ -951,7 +952,7 @@ def contact_sheet(
 
 def summary(
     shards:Shards,      # the clips
-)->dict:                # clips, minutes, frames, 'sizes', 'fps', 'languages', 'splits', 'sources' (counts of clips), 'damaged'
+)->dict:                # shards, clips, minutes, frames, bytes, damaged; and counts of clips by size, fps, language, split and origin
     "What a collection holds, read from the `json` members alone."
     out = dict(shards=len(shards.paths), clips=len(shards), minutes=0., frames=0, bytes=sum(shard_index(p)['bytes'] for p in shards.paths), damaged=0)
     counts = {k: {} for k in ('size', 'fps', 'language', 'split', 'origin')}
