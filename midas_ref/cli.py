@@ -127,7 +127,7 @@ def data_pack(a):
     report = pack(a.folder, a.out, a.fps, a.size, a.seconds, a.shortest, a.fill, a.per_shard, a.workers, a.licence, a.language, a.split, progress=a.progress)
     print(report_table(report))
 
-# %% ../nbs/90_cli.ipynb #117f3ee2
+# %% ../nbs/90_cli.ipynb #c1fbda53
 DEVICE = option('--device', default='auto', help='auto, cpu, cuda or cuda:N (default auto)')
 
 def device_of(text):
@@ -155,6 +155,7 @@ def train_probe(a):
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
 
+# %% ../nbs/90_cli.ipynb #b8df18e2
 @command('train codec', 'train the codec, first stage: pictures alone (page 24)', 'midas-ref train codec runs/codec --minutes 25 --device cuda --workers 3\nmidas-ref train codec runs/codec --minutes 9 --begin 0 --end 0.36 --device cuda --workers 3\nmidas-ref train codec runs/codec --minutes 9 --begin 0.36 --end 0.72 --device cuda --workers 3 --resume',
     option('out', metavar='OUT', help='folder for checkpoint, log and codec'), option('--minutes', type=number(float, .01), default=25., help='length of this piece (default 25)'),
     option('--begin', type=number(float, 0, 1), default=0., help='progress of the whole run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
@@ -178,6 +179,7 @@ def train_codec(a):
     say = lambda d: (lines.write(json.dumps(d) + '\n'), lines.flush(), print(json.dumps(d), flush=True))
     T.train_spatial(trainer, people, a.minutes, out, a.begin, a.end, (min(16, a.people), 4), log=say)
 
+# %% ../nbs/90_cli.ipynb #e39c50e6
 @command('train audio', 'teach the audio tokenizer mouths, on synthesised speech', 'midas-ref train audio weights/audio.safetensors --hours 20 --minutes 7\nmidas-ref train audio /tmp/try.safetensors --hours 0.2 --minutes 1 --device cpu',
     option('out', metavar='OUT', help='file for the weights (.safetensors); a report lies beside it as .json'),
     option('--hours', type=number(float, .005, 1000), default=20., help='speech to synthesise (default 20)'),
@@ -194,6 +196,7 @@ def train_audio_command(a):
     from midas_ref.config import pick_device
     train_audio_files(a.out, a.hours, a.minutes, a.workers, a.device or str(pick_device()[0]), a.batch, a.seconds, a.lr, seed=a.seed, progress=a.progress)
 
+# %% ../nbs/90_cli.ipynb #730433d1
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',
     option('--people', type=number(int, 1), default=1, help='people in a call (default 1)'), option('--frames', type=number(int, 1), default=8, help='frames of each (default 8)'),
     option('--size', type=number(int, 32, 4096), default=256, help='pixels a side (default 256)'), option('--calls', type=number(int, 1), default=20, help='measured calls (default 20)'),
