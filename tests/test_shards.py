@@ -409,3 +409,17 @@ def test_real_recordings(tmp_path):
         ref = np.stack([S.crop_frame(f, (np.interp(a, t, x), np.interp(a, t, y)), c['crop'], c['picture'], (128, 128)) for f, a in zip(frames, at, strict=True)])
         assert (S.clip_frames(path, c, 25, (128, 128)) == ref).all() and 10*math.log10(255**2/((s.video.astype(float) - ref)**2).mean()) > 36
         assert S.find_face(s.video[37])[2] > 64                                           # more than half of the height
+
+@pytest.mark.parametrize('rate, fps', [(29.97, 12.5), (25, 25), (12.5, 25), (30, 24)])
+def test_streaming_cut_picks_the_frames_of_the_rule(monkeypatch, rate, fps):
+    "`clip_frames` decodes once and never looks back, yet takes the frames that `pick_frames` names."
+    class Frame(np.ndarray): pass
+    def source(path, kind, start):
+        for k in range(200):
+            f = np.full((2, 2, 3), k, np.uint8).view(Frame); f.time = k/rate
+            if f.time >= start - 1: yield f
+    monkeypatch.setattr(S, 'media_frames', source)
+    monkeypatch.setattr(S, 'crop_frame', lambda frame, *a: np.asarray(frame))
+    clip = dict(frames=20, start=1.3, camera=[(0, 0, 0), (9, 0, 0)], crop=None, picture=None)
+    got = S.clip_frames(Path('x'), clip, fps, (2, 2))[:, 0, 0, 0]
+    assert got.tolist() == S.pick_frames(np.arange(200)/rate, 1.3, 20, fps).tolist()
