@@ -74,7 +74,7 @@ class Critic(nn.Module):
         self.out = nn.Conv2d(4*c, 1, 3, 1, 1)
     def forward(self, x): return self.out(self.body(x))
 
-# %% ../../nbs/codec/24_train.ipynb #4e4207d5
+# %% ../../nbs/codec/24_train.ipynb #af279174
 def near_identity(
     model:nn.Module,   # a codec
     scale:float=.1,    # of the last norm of each block
@@ -92,12 +92,13 @@ def average(
     keep:float=.999,   # share kept per step later
 ):
     "Move the averaged weights towards the current ones."
-    rate = min(keep, (step+1)/(step+10))
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
-        if a.is_floating_point(): a.lerp_(b.to(a), 1 - rate)
-        else: a.copy_(b)
+    pairs = [(a, b.to(a)) for a, b in zip(ema.state_dict().values(), model.state_dict().values())]
+    moving = [p for p in pairs if p[0].is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in moving], [b for _, b in moving], 1 - min(keep, (step+1)/(step+10)))
+    for a, b in pairs:
+        if not a.is_floating_point(): a.copy_(b)
 
-# %% ../../nbs/codec/24_train.ipynb #52fa2f57
+# %% ../../nbs/codec/24_train.ipynb #a1770bf6
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
@@ -113,7 +114,7 @@ class SpatialTrainer:
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.feature, self.critic = FeatureLoss(probe).to(self.device), Critic().to(self.device)
-        self.opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=.01)
+        self.opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=.01, fused=self.device.type == 'cuda')
         self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99))
         self.g = torch.Generator(self.device).manual_seed(seed)
         wrap = torch.compile if fast else lambda f: f
@@ -182,7 +183,7 @@ def load_checkpoint(
         opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
     trainer.g.set_state(parts['noise']['']); trainer.step = int(safe_open(path, 'pt').metadata()['step'])
 
-# %% ../../nbs/codec/24_train.ipynb #b5c3c50d
+# %% ../../nbs/codec/24_train.ipynb #9b3e96b5
 def train_spatial(
     trainer:SpatialTrainer,   # new or resumed
     people,                   # a `People` of page 14
@@ -212,5 +213,6 @@ def train_spatial(
             log(dict(step=trainer.step, minutes=round((time.time()-start)/60, 2), **{k: round(v.item(), 5) for k, v in parts.items()}))
             if last % 10 == 9: save_checkpoint(trainer, out/'checkpoint.safetensors')
         n += 1
+        if n == 3 and not steps: start = time.time()   # compiling does not count
     save_checkpoint(trainer, out/'checkpoint.safetensors')
     trainer.ema.save(out/'codec', torch.float16)
