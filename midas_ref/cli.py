@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'Command', 'option', 'command', 'number', 'frame_size',
-           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'train_audio_command',
-           'bench_draw', 'data_show', 'main']
+           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'bench_reconstruction',
+           'bench_codec', 'train_audio_command', 'bench_draw', 'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -155,29 +155,74 @@ def train_probe(a):
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
 
-# %% ../nbs/90_cli.ipynb #b8df18e2
-@command('train codec', 'train the codec, first stage: pictures alone (page 24)', 'midas-ref train codec runs/codec --minutes 25 --device cuda --workers 3\nmidas-ref train codec runs/codec --minutes 9 --begin 0 --end 0.36 --device cuda --workers 3\nmidas-ref train codec runs/codec --minutes 9 --begin 0.36 --end 0.72 --device cuda --workers 3 --resume',
-    option('out', metavar='OUT', help='folder for checkpoint, log and codec'), option('--minutes', type=number(float, .01), default=25., help='length of this piece (default 25)'),
-    option('--begin', type=number(float, 0, 1), default=0., help='progress of the whole run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
-    option('--lr', type=number(float, 1e-6, 1), default=4e-4, help='peak learning rate (default 4e-4)'), option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'),
-    option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
-    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors'), DEVICE)
+# %% ../nbs/90_cli.ipynb #97a99d59
+@command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
+    option('out', metavar='OUT', help='folder for checkpoint, log, strips of pictures and codec'),
+    option('--stage', type=int, choices=(1, 2, 3), default=1, help='1 pictures, 2 layers over time alone, 3 everything on clips (default 1)'),
+    option('--minutes', type=number(float, .01), default=25., help='length of this piece (default 25)'),
+    option('--begin', type=number(float, 0, 1), default=0., help='progress of the stage at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
+    option('--start-from', metavar='FOLDER', help='codec of the stage before; stages 2 and 3 need it'), option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors, to the bit'),
+    option('--lr', type=number(float, 1e-6, 1), default=None, help='peak learning rate (default 4e-4, 4e-4, 2e-4 by stage)'),
+    option('--frames', type=number(int, 2, 256), default=8, help='frames of a clip in stages 2 and 3 (default 8; 16 in the last stretch)'),
+    option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
+    option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
+    option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
+    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
 def train_codec(a):
-    "One piece of stage 1."
-    import json, torch
+    "One piece of one stage."
     from pathlib import Path
-    from midas_ref.config import preset
     from midas_ref.codec import train as T
-    from midas_ref.codec.dcae import DCAE
-    from midas_ref.data.probes import People, load_probe, mouth_pool
     device, out = device_of(a.device), Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    trainer = T.SpatialTrainer(T.near_identity(DCAE(preset('tiny').codec)).to(device), load_probe('a'), a.lr, fast=device != 'cpu')
+    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu')
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
-    people, lines = People(a.people, mouth_pool(300), a.first, device, workers=a.workers, fast=device != 'cpu'), (out/'log.jsonl').open('a')
-    say = lambda d: (lines.write(json.dumps(d) + '\n'), lines.flush(), print(json.dumps(d), flush=True))
-    T.train_spatial(trainer, people, a.minutes, out, a.begin, a.end, (min(16, a.people), 4), log=say)
+    T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
+
+def _codec_data(a, device):
+    "What a stage is shown: recordings, pictures of drawn people, or clips of them."
+    from midas_ref.codec import train as T
+    frames = 1 if a.stage == 1 else a.frames
+    batch = a.batch or max(1, 64//frames)
+    if a.data:
+        from midas_ref.data.shards import Shards
+        return T.RealClips(Shards(a.data), (batch, frames), device)
+    from midas_ref.data.probes import People, mouth_pool
+    people = People(a.people, mouth_pool(300), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
+    if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames))
+    n = min(16, a.people, batch)
+    return T.DrawnPictures(people, (n, max(1, batch//n)))
+
+# %% ../nbs/90_cli.ipynb #84c8b45d
+@command('bench reconstruction', 'what the codec loses, on drawn people it has never seen (page 24)', 'midas-ref bench reconstruction\nmidas-ref bench reconstruction runs/3/codec --clips 8 --json',
+    option('weights', metavar='FOLDER', nargs='?', default=None, help='a codec (default: the bundled one)'),
+    option('--clips', type=number(int, 1), default=32, help='held-out scenes of 4.8 s (default 32)'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)
+def bench_reconstruction(a):
+    "Print the exam of page 24."
+    from midas_ref.codec.temporal import load_video_dcae
+    from midas_ref.codec.train import CODEC, exam
+    from midas_ref.data.probes import load_probe
+    device = device_of(a.device)
+    r = exam(load_video_dcae(a.weights or CODEC).to(device), load_probe('b').to(device), a.clips)
+    print(json.dumps(r, indent=1) if a.json else '\n'.join(f'{k:18} {v:.4f}' if isinstance(v, float) else f'{k:18} {v}' for k, v in r.items()))
+
+# %% ../nbs/90_cli.ipynb #668fd5c3
+@command('bench codec', 'milliseconds per frame of the codec', 'midas-ref bench codec\nmidas-ref bench codec --preset paper --device cuda --dtype bfloat16',
+    option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes; weights are random (default tiny)'),
+    option('--dtype', choices=('float32', 'bfloat16'), default='float32', help='number type (default float32)'), option('--frames', type=number(int, 2), default=50, help='measured frames (default 50)'),
+    option('--compile', dest='compiled', action='store_true', help='also time the single-picture codec under torch.compile'), DEVICE)
+def bench_codec(a):
+    "Print machine, warm-up, median and p95 for pictures alone and for a stream."
+    import torch
+    from midas_ref.codec import dcae, stream, temporal
+    from midas_ref.config import preset
+    device, cfg, dtype = device_of(a.device), preset(a.preset), getattr(torch, a.dtype)
+    if device != 'cpu': torch.backends.cudnn.benchmark = True
+    with torch.device(device): codec = temporal.VideoDCAE(cfg.codec).to(dtype).channels_last().eval()
+    image, (h, w) = dcae.DCAE(cfg.codec).to(device, dtype), (cfg.video.height, cfg.video.width)
+    print(f'{dcae.machine(device)}, torch {torch.__version__}, {a.preset} at {h}x{w}, {a.dtype}, 10 frames of warm-up')
+    rows = {'single pictures': dcae.bench_codec(image, h, w, device, dtype, a.frames, 10), 'stream': stream.bench_stream(codec, h, w, a.frames, 10)}
+    if a.compiled: rows['single pictures, compiled'] = dcae.bench_codec(image, h, w, device, dtype, a.frames, 10, fast=True)
+    for name, r in rows.items():
+        for part, ms in r.items(): print(f'{name}, {part}: {ms}')
 
 # %% ../nbs/90_cli.ipynb #e39c50e6
 @command('train audio', 'teach the audio tokenizer mouths, on synthesised speech', 'midas-ref train audio weights/audio.safetensors --hours 20 --minutes 7\nmidas-ref train audio /tmp/try.safetensors --hours 0.2 --minutes 1 --device cpu',

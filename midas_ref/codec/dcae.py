@@ -315,7 +315,7 @@ def record_race(
     runs = {k: torch.tensor(race(on, pictures, steps, cfg, **kw)).unfold(0, every, every).mean(1) for k, on in (('with', True), ('without', False))}
     Path(file).write_text(json.dumps(dict(about=about, steps=list(range(every, steps+1, every)), **{k: [round(v, 5) for v in r.tolist()] for k, r in runs.items()})))
 
-# %% ../../nbs/codec/21_dcae.ipynb #bc7ec3e7
+# %% ../../nbs/codec/21_dcae.ipynb #ed5f0413
 def machine(
     device,  # torch device
 )->str:
@@ -348,9 +348,11 @@ def bench_codec(
     dtype=torch.float32,   # number type
     n:int=50,              # frames to measure
     warmup:int=10,         # frames before them
+    fast:bool=False,       # compile, with CUDA graphs (GPU)
 )->dict:                   # 'encode' and 'decode' -> Latency in ms per frame
     "Time for one frame, alone."
     model = copy.deepcopy(model).to(device, dtype).channels_last().eval()
+    if fast: model.encoder.compile(mode='reduce-overhead'); model.decoder.compile(mode='reduce-overhead')
     x = torch.rand(1, 3, height, width, device=device, dtype=dtype)*2 - 1
     z = model.encode(x)
     return dict(encode=time_calls(lambda: model.encode(x, check=False), n, warmup, device), decode=time_calls(lambda: model.decode(z, check=False), n, warmup, device))

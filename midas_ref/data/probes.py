@@ -146,7 +146,7 @@ def new_probe(
     if name not in PROBES: raise ValueError(f"probe is {name!r}; accepted: 'a' or 'b'.")
     with torch.random.fork_rng(): torch.manual_seed(dict(a=1, b=2)[name]); return PROBES[name]()
 
-# %% ../../nbs/data/14_probes.ipynb #64fccd9e
+# %% ../../nbs/data/14_probes.ipynb #ec603f26
 def _bake_ahead(queue, first, step, device, views):
     "A process that bakes people `first`, `first + step`, … and waits when the queue is full."
     torch.set_num_threads(1)
@@ -165,6 +165,7 @@ class People:
         views=(7, 5),       # see `bake`
         workers:int=0,      # processes that bake ahead (a script then needs `if __name__ == '__main__'`); 0 bakes when asked
         fast:bool=False,    # compile the renderer (GPU)
+        bake_on=None,       # where workers bake; None: on `device`. 'cpu' leaves the GPU to the training, but wants a dozen workers
     ):
         self.pool, self.device, self.views = pool.to(device), device, views
         self.g, self.next, self.turn = torch.Generator(device).manual_seed(seed), first, 0
@@ -172,7 +173,7 @@ class People:
         if workers:
             ctx = torch.multiprocessing.get_context('spawn')
             self.queues = [ctx.Queue(4) for _ in range(workers)]
-            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, views), daemon=True).start()
+            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, bake_on or device, views), daemon=True).start()
         rows = [self.take() for _ in range(n)]
         self.seeds, self.layers = [s for s, _ in rows], Layers.stack([l for _, l in rows])
 
@@ -181,7 +182,7 @@ class People:
         i, self.next = self.next, self.next + 1
         if not self.queues: return i, bake([Identity.random(i)], 256, self.device, self.views, dtype=torch.float16)
         seed, layers = self.queues[self.turn % len(self.queues)].get(); self.turn += 1
-        return seed, layers.map(lambda v: v.clone())
+        return seed, layers.map(lambda v: v.to(self.device, copy=True))
 
     def replace(self, row:int):
         "Let somebody new take the place of row `row`."
