@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MOTION', 'MOUTH', 'HEAD', 'MOTION_RANGE', 'EXPRESSIONS', 'SKIN', 'HAIR_COLORS', 'EYE_COLORS', 'HAIRS', 'BEARDS',
-           'GLASSES', 'CLOTHES', 'BACKGROUNDS', 'CLOTH_COLORS', 'BACK_COLORS', 'EYE_Y', 'MOUTH_Y', 'PIVOT', 'SKIN_BOX',
-           'HAIR_BOX', 'YAW_RANGE', 'PITCH_RANGE', 'STRAND_BOX', 'TORSO_BOX', 'GLASS_BOX', 'GLASS_Z', 'FACE', 'COLORS',
-           'EYE_BOX', 'MOUTH_BOX', 'PARTS', 'SKULL_POINTS', 'KEYPOINTS', 'SKULL', 'SHOULDERS', 'LIPS', 'SHOULDER',
-           'REGIONS', 'neutral_motion', 'expression', 'Identity', 'random_identity', 'lerp', 'step', 'bump', 'smin',
-           'smax', 'ellipsoid', 'capsule', 'noise', 'rgb', 'skin_color', 'face_params', 'skull', 'head', 'hairline',
-           'strand_frame', 'hair', 'Volume', 'rotation', 'apply', 'trace', 'view_grid', 'box_points', 'sample',
-           'light_rig', 'dot', 'occlusion', 'shadow', 'shade_skin', 'shade_hair', 'volumes', 'unit', 'bake_views',
-           'beard_mask', 'hair_color', 'bake_skin', 'bake_strands', 'torso', 'triangle', 'bake_torso',
-           'bake_background', 'glass_shape', 'bake_glasses', 'Layers', 'camera', 'sheet_size', 'face_vectors', 'bake',
-           'channels', 'face_of', 'eye_lines', 'over', 'draw_eyes', 'lip_shape', 'lip_lines', 'draw_mouth',
-           'blend_views', 'clamped', 'flesh', 'head_plane', 'read', 'Shot', 'skin_layer', 'hair_layer', 'body_layer',
-           'glasses_layer', 'paint_over', 'develop', 'pose', 'compiled_pose', 'share_parts', 'keypoints', 'regions']
+           'GLASSES', 'CLOTHES', 'BACKGROUNDS', 'CLOTH_COLORS', 'BACK_COLORS', 'PATTERNS', 'EYE_Y', 'MOUTH_Y', 'PIVOT',
+           'SKIN_BOX', 'HAIR_BOX', 'YAW_RANGE', 'PITCH_RANGE', 'STRAND_BOX', 'TORSO_BOX', 'GLASS_BOX', 'GLASS_Z',
+           'FACE', 'COLORS', 'EYE_BOX', 'MOUTH_BOX', 'PARTS', 'SKULL_POINTS', 'KEYPOINTS', 'SKULL', 'SHOULDERS', 'LIPS',
+           'SHOULDER', 'REGIONS', 'neutral_motion', 'expression', 'Identity', 'random_identity', 'lerp', 'step', 'bump',
+           'smin', 'smax', 'ellipsoid', 'capsule', 'pattern', 'noise', 'rgb', 'skin_color', 'face_params', 'skull',
+           'head', 'hairline', 'strand_frame', 'hair', 'Volume', 'rotation', 'apply', 'trace', 'view_grid',
+           'box_points', 'sample', 'light_rig', 'dot', 'occlusion', 'shadow', 'shade_skin', 'shade_hair', 'volumes',
+           'unit', 'bake_views', 'beard_mask', 'hair_color', 'bake_skin', 'bake_strands', 'torso', 'triangle',
+           'bake_torso', 'bake_background', 'glass_shape', 'bake_glasses', 'Layers', 'camera', 'sheet_size',
+           'face_vectors', 'bake', 'channels', 'face_of', 'eye_lines', 'over', 'draw_eyes', 'lip_shape', 'lip_lines',
+           'draw_mouth', 'blend_views', 'clamped', 'flesh', 'head_plane', 'read', 'Shot', 'skin_layer', 'hair_layer',
+           'body_layer', 'glasses_layer', 'paint_over', 'develop', 'pose', 'compiled_pose', 'share_parts', 'keypoints',
+           'regions']
 
 # %% ../../nbs/data/10_portraits.ipynb #6e576df2
 import math
@@ -242,7 +243,16 @@ def capsule(
     t = (sum(u * v for u, v in zip(q, d)) / sum(v * v for v in d)).clamp(0, 1)
     return sum((u - v * t) ** 2 for u, v in zip(q, d)).clamp_min(1e-9).sqrt() - lerp(ra, rb, t)
 
-# %% ../../nbs/data/10_portraits.ipynb #538f00c5
+# %% ../../nbs/data/10_portraits.ipynb #2b4a53b4
+PATTERNS = 4 # kinds of fine irregularity of each material
+
+def pattern(
+    i: "Identity", # a person
+    part: int, # 0 skin, 1 strands, 2 cloth, 3 background, 4 brows
+) -> torch.Generator: # on the CPU
+    "The random numbers behind a material: one of four kinds."
+    return torch.Generator().manual_seed(PATTERNS * part + (i.seed >> 2 * part) % PATTERNS)
+
 def noise(
     g: torch.Generator, # on the CPU, so that every device draws the same picture
     h: int, # rows
@@ -647,7 +657,7 @@ def bake_views(
         out.append(rearrange(maps, "v c (h w) -> v c h w", h=h))
     return tuple(out)
 
-# %% ../../nbs/data/10_portraits.ipynb #01118564
+# %% ../../nbs/data/10_portraits.ipynb #9b35f424
 def beard_mask(
     x: Tensor, # face coordinates
     y: Tensor,
@@ -676,7 +686,7 @@ def bake_skin(
     size: int = 288, # texels a side
 ) -> Tensor: # (4, size, size): linear colour and gloss
     "Paint the skin: tone, blood, shadow in the pits, freckles, lines, stubble."
-    dev, g, f = depth.device, torch.Generator().manual_seed(i.seed), face_params(i)
+    dev, g, f = depth.device, pattern(i, 0), face_params(i)
     x, y = box_points(SKIN_BOX, size, size, dev)
     z = F.interpolate(depth[None, None], (size, size), mode="bilinear", align_corners=True)[0, 0] + PIVOT[2]
     n = lambda cells: noise(g, size, size, cells, cells).to(dev)
@@ -717,7 +727,7 @@ def bake_skin(
     gloss = (0.8 + 0.5 * disc(0, 0.15, 0.22, 0.4) + 0.5 * disc(0, f["nose_y"], 0.1, 0.15) + 0.18 * n(120)) * (1 - 0.85 * m * dense) * (1 - 0.3 * old)
     return torch.cat([c.clamp(0.003, 1), gloss[None].clamp(0, 2)])
 
-# %% ../../nbs/data/10_portraits.ipynb #41f10ca9
+# %% ../../nbs/data/10_portraits.ipynb #2b1eb061
 STRAND_BOX = ((-1.0, -2.4), (1.0, 2.0))
 
 def bake_strands(
@@ -725,7 +735,7 @@ def bake_strands(
     device: str | torch.device = "cpu",
 ) -> Tensor: # (3, 320, 640): brightness 0..1, raggedness -1..1, hue shift -1..1
     "The picture of the strands: fine across, long along; curls are round, cloth is woven."
-    g, (h, w) = torch.Generator().manual_seed(i.seed + 1), (320, 640)
+    g, (h, w) = pattern(i, 1), (320, 640)
     n = lambda a, b: noise(g, h, w, a, b)
     if i.hair in ("curly", "long_curly"):
         wavy = 0.5 + 0.30 * n(60, 120) + 0.22 * n(26, 60) + 0.16 * n(20, 260)
@@ -765,7 +775,7 @@ def triangle(
         d = e if d is None else torch.maximum(d, e)
     return d
 
-# %% ../../nbs/data/10_portraits.ipynb #e3841586
+# %% ../../nbs/data/10_portraits.ipynb #bfe3e103
 def bake_torso(
     i: Identity,
     h: int, # rows
@@ -773,7 +783,7 @@ def bake_torso(
     device: str | torch.device = "cpu",
 ) -> Tensor: # (5, h, w): linear lit colour, coverage, depth
     "Neck, shoulders and clothes, lit and dressed."
-    g, rig = torch.Generator().manual_seed(i.seed + 2), light_rig(i, device)
+    g, rig = pattern(i, 2), light_rig(i, device)
     x, y = box_points(TORSO_BOX, h, w, device)
     ax, px = x.abs(), (w - 1) / (TORSO_BOX[1][0] - TORSO_BOX[0][0])
     n = lambda a, b: noise(g, h, w, a, b).to(device)
@@ -835,14 +845,14 @@ def bake_torso(
     flesh = flesh * (1 - 0.40 * bump(neck.clamp_max(0), 0.05) * step(0.02, -0.01, neck)) # the collar's shadow
     return torch.cat([lerp(flesh, coat.clamp_min(0.004), cloth) * light, alpha[None], at[None]])
 
-# %% ../../nbs/data/10_portraits.ipynb #db6adf7d
+# %% ../../nbs/data/10_portraits.ipynb #91d0553d
 def bake_background(
     i: Identity,
     x: Tensor, # plane coordinates, (h, w)
     y: Tensor,
 ) -> Tensor: # (3, h, w), linear
     "A blurred place: gradients and discs of light, out of focus."
-    g, dev, (h, w) = torch.Generator().manual_seed(i.seed + 3), x.device, x.shape
+    g, dev, (h, w) = pattern(i, 3), x.device, x.shape
     base, rnd = rgb(i.background_color, dev), lambda a=0.0, b=1.0: a + (b - a) * torch.rand((), generator=g).item()
     glow = torch.exp(-(((x + 0.9 * i.light) / 1.3) ** 2 + ((y - 0.25) / 1.2) ** 2))
     c = base * (0.30 + 0.75 * glow)
@@ -954,7 +964,7 @@ class Layers:
         names = [k.name for k in fields(Layers) if isinstance(getattr(parts[0], k.name), Tensor)]
         return replace(parts[0], **{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
 
-# %% ../../nbs/data/10_portraits.ipynb #8300b3ef
+# %% ../../nbs/data/10_portraits.ipynb #002d89ca
 def camera(
     size: tuple[int, int], # h, w in pixels
 ) -> tuple[float, float, float]: # pixels per head unit, column and row of the head's centre
@@ -1008,7 +1018,7 @@ def bake(
         tw = int(round(s * (TORSO_BOX[1][0] - TORSO_BOX[0][0])))
         th = int(round(s * (TORSO_BOX[1][1] - TORSO_BOX[0][1])))
         row, col = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-        g = torch.Generator().manual_seed(i.seed + 4)
+        g = pattern(i, 4)
         bh, bw = sheet_size(EYE_BOX, (h, w))
         brows = 0.5 * noise(g, bh, bw, 14, 84) + 0.35 * noise(g, bh, bw, 30, 60)
         face, colors = face_vectors(i)
