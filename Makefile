@@ -23,7 +23,7 @@ setup: $(READY)  ## make the environment in .venv
 test: $(READY)  ## every check: lint, every page top to bottom, pytest
 	$(BIN)/ruff check .
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(READY)  ## the longer proofs of the pages as well
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing --flags slow

@@ -225,7 +225,7 @@ class MidasConfig:
         b = self.backbone
         return b.layers * 2 * b.kv_heads * b.head_dim * 2
 
-# %% ../nbs/00_config.ipynb #94b65407
+# %% ../nbs/00_config.ipynb #3473a5c2
 def _tiny():
     "The preset that a laptop can run."
     return MidasConfig(name='tiny',
@@ -234,7 +234,7 @@ def _tiny():
                           decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 2, 2, 2, 2, 2, 1), temporal_from=3, decoder_norm='rms'),
         audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4, positions='rotary'),
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
-        backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=1024, name=''),
+        backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=704, name=''),
         head=HeadConfig(width=256, layers=5, heads=8))
 
 PRESETS = {'paper': MidasConfig, 'tiny': _tiny}  # name -> function that builds the preset
