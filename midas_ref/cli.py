@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'Command', 'option', 'command', 'number', 'frame_size',
            'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'bench_reconstruction',
-           'bench_codec', 'train_audio_command', 'bench_draw', 'data_show', 'main']
+           'bench_codec', 'train_audio_command', 'bench_draw', 'bench_audio', 'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from . import __version__
 
-# %% ../nbs/90_cli.ipynb #91ab6bd5
+# %% ../nbs/90_cli.ipynb #f70a159d
 @dataclass(frozen=True)
 class Command:
     "One command: what it is called, what `--help` says, what it takes, and the function that does it."
@@ -22,7 +22,7 @@ class Command:
     run: object      # function of the parsed arguments; returns an exit status or None
 
 COMMANDS = {}  # name -> Command
-GROUPS = {'data': 'make, pack and inspect clips', 'train': 'train a part of the model', 'bench': 'measure speed on this machine'}  # first word of a name -> one line of help
+GROUPS = {'data': 'make, pack and inspect clips', 'train': 'train a part of the model', 'bench': 'measure speed and quality'}  # first word of a name -> one line of help
 
 def option(
     *names,      # as for `add_argument`, such as '--size'
@@ -224,7 +224,7 @@ def bench_codec(a):
     for name, r in rows.items():
         for part, ms in r.items(): print(f'{name}, {part}: {ms}')
 
-# %% ../nbs/90_cli.ipynb #e39c50e6
+# %% ../nbs/90_cli.ipynb #042bc3a9
 @command('train audio', 'teach the audio tokenizer mouths, on synthesised speech', 'midas-ref train audio weights/audio.safetensors --hours 20 --minutes 7\nmidas-ref train audio /tmp/try.safetensors --hours 0.2 --minutes 1 --device cpu',
     option('out', metavar='OUT', help='file for the weights (.safetensors); a report lies beside it as .json'),
     option('--hours', type=number(float, .005, 1000), default=20., help='speech to synthesise (default 20)'),
@@ -232,6 +232,7 @@ def bench_codec(a):
     option('--batch', type=number(int, 1), default=64, help='pieces of a batch (default 64)'),
     option('--seconds', type=number(float, .16), default=8., help='length of a piece (default 8)'),
     option('--lr', type=number(float, 0), default=2e-3, help='highest learning rate (default 2e-3)'),
+    option('--flite', type=number(float, 0, 1), default=.15, metavar='SHARE', help='share of utterances by flite, where it is installed (default 0.15)'),
     option('--seed', type=number(int, 0), default=0, help='of everything random (default 0)'),
     option('--device', default='', help='such as cuda or cpu (default: that of settings.ini)'),
     option('--workers', type=number(int, 0, 256), default=None, metavar='N', help='processes that synthesise (default: one per core)'))
@@ -239,7 +240,7 @@ def train_audio_command(a):
     "Train, judge, write."
     from midas_ref.conditions.audio import train_audio_files
     from midas_ref.config import pick_device
-    train_audio_files(a.out, a.hours, a.minutes, a.workers, a.device or str(pick_device()[0]), a.batch, a.seconds, a.lr, seed=a.seed, progress=a.progress)
+    train_audio_files(a.out, a.hours, a.minutes, a.workers, a.device or str(pick_device()[0]), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress)
 
 # %% ../nbs/90_cli.ipynb #730433d1
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',
@@ -255,6 +256,18 @@ def bench_draw(a):
     machine = torch.cuda.get_device_name() if device != 'cpu' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     print(f"{machine}, torch {torch.__version__}, {a.size}x{a.size}, {a.people} x {a.frames} frames a call, 3 calls of warm-up")
     print(f"{r['frames_per_second']:,} frames/s; a call: {r['call']}; baking a person: {r['bake_seconds']:.2f} s")
+
+# %% ../nbs/90_cli.ipynb #3e94f83a
+@command('bench audio', 'read the lips of real recordings from their sound, and say how often they close for /p b m/ (page 30)', 'midas-ref bench audio GRID/s1\nmidas-ref bench audio GRID/s1 --weights runs/audio.safetensors --json',
+    option('folder', metavar='FOLDER', help='recordings of the GRID corpus, named such as bbaf2n.mpg (video or sound)'),
+    option('--weights', metavar='FILE', help='a file that midas-ref train audio wrote (default: the weights of this checkout)'),
+    option('--slack', type=number(float, 0, .5), default=.06, metavar='SECONDS', help='how far off a closure may be (default 0.06, the error of the alignment)'),
+    option('--json', action='store_true', help='print the figures of all recordings together as JSON instead of a table'))
+def bench_audio(a):
+    "Align, read, judge."
+    from midas_ref.conditions.audio import grid_scores, grid_table, pool_scores, trained_audio
+    scores = grid_scores(a.folder, *trained_audio(a.weights), a.slack)
+    print(json.dumps(pool_scores([s for _, s in scores.values()])) if a.json else grid_table(scores))
 
 # %% ../nbs/90_cli.ipynb #38969fb9
 @command('data show', 'say what shards hold, and draw a contact sheet', 'midas-ref data show shards\nmidas-ref data show shards --sheet sheet.png --rows 12',

@@ -51,7 +51,8 @@ def test_version(capsys): assert run(capsys, '--version')[0] == 0
     ('', 'required'), ('dance', "'dance'"), ('data', 'required'), ('data make', 'OUT'), ('data make o --size 255', 'even sides'), ('data make o --size 0', '16 to 4096'),
     ('data make o --minutes -1', '0.01 or more'), ('data make o --minutes nan', '0.01 or more'), ('data make o --fps 0', '1 or more'), ('data make o --workers two', 'a whole number'),
     ('data make o --seed 1.5', 'a whole number'), ('data make o --maker here', 'cannot be loaded'), ('data make o --maker json:no_such', 'cannot be loaded'), ('data make o --what', '--what'),
-    ('data show none', 'no folder or file'), ('data pack none o', 'There is no folder'), ('data show none --sheet a.jpg', '.png')])
+    ('data show none', 'no folder or file'), ('data pack none o', 'There is no folder'), ('data show none --sheet a.jpg', '.png'),
+    ('bench audio none', 'is not a folder'), ('bench audio', 'FOLDER'), ('bench audio . --weights none.safetensors', 'does not exist'), ('bench audio .', 'GRID corpus'), ('bench audio . --slack -1', '0 or more')])
 def test_mistakes_are_one_line_and_status_2(capsys, tmp_path, monkeypatch, line, said):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, *line.split())

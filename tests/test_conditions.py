@@ -1,5 +1,5 @@
 "What the pages on conditions do not teach: real recordings, every format, an hour of sound, broken files, batches of streams of different age"
-import dataclasses, importlib.util, json, math, os, resource, warnings
+import dataclasses, importlib.util, json, math, os, resource, shutil, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
@@ -34,6 +34,10 @@ def tokenizer(cfg, x):
     m = A.WhisperVQ(cfg).eval()
     A.seed_codes(m, m.features(x[:, :x.shape[1]//7680*7680])[0])
     return m
+
+WEIGHTS = ROOT/'data_samples'/'weights'/'audio.safetensors'
+
+def trained(): return A.trained_audio(WEIGHTS)
 
 def plan(total, sizes):
     out = []
@@ -205,6 +209,11 @@ def test_moving_averages_equal_a_loop():
         w = total/((count + 1e-5)/(count.sum() + 6e-5)*count.sum())[:, None]
         assert (b.codebook.weight - w).abs().max() < 1e-5
 
+def test_a_seeded_codebook_stays_where_it_is():
+    b = A.Codebook(32, 4).train(); x = torch.randn(4000, 4); A.seed_codes(b, x); w = b.codebook.weight.clone()
+    for _ in range(50): b.quantise(x[None])
+    assert (b.codebook.weight - w).norm(dim=1).max() < .5*w.norm(dim=1).mean() and len(b.nearest(x).unique()) == 32
+
 def test_straight_through():
     b = A.Codebook(8, 4).train()
     with torch.enable_grad():
@@ -217,11 +226,13 @@ def test_dead_entries_restart():
     for _ in range(205): b.quantise(torch.randn(1, 64, 2))
     assert b.codebook.weight.abs().max() < 10
 
-@pytest.mark.parametrize('cfg,plans', [(TINY, ([1280], [7680], [2560], [3840], [1, 5000, 1279, 400])), (SMALL, ([1280], [7680], [9001, 300]))], ids=['tiny', 'windowed'])
-def test_a_minute_of_real_speech_streams(cfg, plans):
-    x = minute(); m = tokenizer(cfg, x)
+@pytest.mark.parametrize('make,plans', [
+    (lambda x: tokenizer(TINY, x), ([7680],)), (lambda x: trained()[0], ([1280], [2560], [3840], [7680], [1, 5000, 1279, 400], [44100, 13])),
+    (lambda x: tokenizer(SMALL, x), ([1280], [7680], [9001, 300]))], ids=['tiny', 'trained', 'windowed'])
+def test_a_minute_of_real_speech_streams(make, plans):
+    x = minute(); m = make(x)
     whole = m(x).ids
-    assert whole.shape == (1, 750) and len(whole.unique()) > .3*cfg.codes
+    assert whole.shape == (1, 750) and len(whole.unique()) > .2*m.cfg.codes
     for sizes in plans: assert torch.equal(A.stream_tokens(m, x, plan(960000, sizes)), whole), sizes
 
 @pytest.mark.parametrize('cfg', [TINY, SMALL], ids=['tiny', 'windowed'])
@@ -259,13 +270,20 @@ def test_rows_that_stopped_within_a_token_are_refused():
     with pytest.raises(ValueError, match='feed whole groups'): m(torch.zeros(2, 1280), stack([a, b]))
 
 def test_an_hour_needs_no_more_memory_and_no_more_precision():
-    m = A.WhisperVQ(dataclasses.replace(TINY, layers=2, width=64, heads=2, ffn=256)).eval(); piece = minute()[:, :1280*60]; s = m.init_state()
+    m, _ = trained(); piece = minute()[:, :1280*60]; s = m.init_state()
     m(piece, s); held, before = s.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(749): m(piece, s)
     assert int(s.seen) == 3600*16000 and s.nbytes == held < 1e6 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
     fresh = m.init_state()
     for _ in range(5): m(piece, fresh)                            # 24 s, longer than the layers look back
     assert torch.equal(m(piece, s).vectors, m(piece, fresh).vectors)
+
+def test_trained_tokens_do_not_know_how_they_were_fed():
+    "Pieces of 1, 2, 3 and 6 tokens, in a voice that goes on from an older stream; code vectors as well as numbers."
+    m, _ = trained(); x = minute()[:, 200000:200000 + 1280*60]; old = m.init_state(); m(minute()[:, :1280*100], old)
+    got = [[m(p, s) for p in x.split(1280*n, 1)] for n in (1, 2, 3, 6) for s in [unstack(stack([old]))[0]]]
+    ids, vectors = ([torch.cat([c[i] for c in g], 1) for g in got] for i in (0, 1))
+    assert all(torch.equal(i, ids[0]) for i in ids) and all(torch.equal(v, vectors[0]) for v in vectors) and not torch.equal(ids[0], m(x).ids)
 
 def test_flush_completes_the_last_token():
     x = minute()[:, :1280*5 + 333]; m = tokenizer(TINY, minute()[:, :160000]); s = m.init_state()
@@ -324,13 +342,25 @@ def test_training_learns_and_nothing_held_out_is_heard():
     assert np.mean(soft[-5:]) < .85*np.mean(soft[:5]) and notes[-1]['codes'] > 0 and not m.training
     with pytest.raises(ValueError, match='give steps or minutes'): A.train_audio(m, h, data)
 
-WEIGHTS = ROOT/'data_samples'/'weights'/'audio.safetensors'
+def test_report_of_the_bundled_weights():
+    report = json.loads(WEIGHTS.with_suffix('.json').read_text())
+    assert set(report['languages']) - {'all', 'closures'} == set(A.HELD_OUT_LANGUAGES) and set(report['voices']) - {'all', 'closures'} == set(A.TRAIN_LANGUAGES)
+    assert all(r['opening'] >= .85 for k, r in report['voices'].items() if k != 'closures') and all(r['opening'] >= .8 for k, r in report['languages'].items() if k != 'closures')
+    assert report['voices']['all']['used'] >= .6 and report['languages']['all']['used'] >= .6
+
+def test_foreign_heads(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    m = A.WhisperVQ(TINY); A.save_audio(tmp_path/'w.safetensors', m)
+    with pytest.raises(ValueError, match='a tokenizer without heads'): A.trained_audio(tmp_path/'w.safetensors')
+    with safe_open(str(WEIGHTS), 'pt') as f: w, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    save_file(w, str(tmp_path/'w.safetensors'), {**meta, 'labels': meta['labels'].replace('"FF"', '"GG"')})
+    with pytest.raises(ValueError, match='other visemes'): A.trained_audio(tmp_path/'w.safetensors')
 
 @synthesiser
-@pytest.mark.skipif(not WEIGHTS.with_suffix('.json').is_file(), reason='no bundled audio weights with the report of their training')
 @pytest.mark.parametrize('split,least', [('voices', .85), ('languages', .8)])
 def test_bundled_weights_know_mouths(split, least):
-    m, w = A.load_audio_weights(WEIGHTS); h = A.AudioHeads(m.cfg.width).eval(); h.load_state_dict(w)
+    m, h = trained()
     r = A.audio_report(m, h, A.speech_set(A.speech_jobs(90, 555, split)))
     assert r['all']['opening'] >= least and r['all']['used'] >= .3, r        # few minutes cannot use every entry
 
@@ -338,6 +368,62 @@ def test_closures():
     o = np.full(50, .5); o[10:12] = 0                                       # 0.40 to 0.48 s
     assert A.closures(o, [(.4, .48)]) == 1 and A.closures(o, [(1., 1.1)]) == 0 and A.closures(o, [(.4, .48), (1., 1.1)]) == .5 and math.isnan(A.closures(o, []))
     assert A.runs(torch.tensor([0, 1, 1, 0, 1]), {1}) == [(.04, .12), (.16, .2)]
+
+# ---- alignment
+
+def test_warping_equals_every_way():
+    from itertools import product
+    rng = np.random.default_rng(0)
+    for t, n in ((1, 1), (2, 3), *[(5, 2), (6, 6), (7, 11)]*10):
+        cost = rng.random((t, n)); path = A.follow(cost, .3)
+        price = lambda p: cost[range(t), p].sum() + .3*(np.diff(p) != 1).sum()
+        ways = [p for s in product(range(3), repeat=t - 1) if (p := np.cumsum([0, *s]))[-1] == n - 1]
+        assert path[0] == 0 and path[-1] == n - 1 and set(np.diff(path)) <= {0, 1, 2} and abs(price(path) - min(map(price, ways))) < 1e-9
+    for shape in ((3, 6), (3, 0)):
+        with pytest.raises(ValueError, match='twice as long'): A.follow(np.zeros(shape))
+
+def test_grid_names():
+    assert A.grid_text('id2_vcd_swwp2s.mpg') == 'set white with p two soon' and A.grid_text('/x/pgbyzn.wav') == 'place green by y zero now'
+    for n in ('lr_198-209-0000.ogg', 'bwaw2n.mpg', 'bbaf2.mpg', 'hello!.wav', 'xbaf2n.mpg'): assert A.grid_text(n) == ''
+
+@synthesiser
+@pytest.mark.parametrize('voice', ['Alex', pytest.param('slt', marks=pytest.mark.skipif(not shutil.which('flite'), reason='flite is not installed')),
+                                   pytest.param('awb', marks=pytest.mark.skipif(not shutil.which('flite'), reason='flite is not installed'))])
+def test_alignment_finds_known_lips(voice):
+    from midas_ref.data.speech import augment, base, flite, join, synth
+    lips = lambda s: np.array([(a + b)/2 for a, b, p in s.phonemes if base(p)[:1] in ('p', 'b', 'm')])
+    errors = []
+    for i, n in enumerate(('lbax4n', 'pwij3p', 'sbim1s', 'lrwp9n')):
+        text = A.grid_text(n)
+        said = synth(text, 'en-gb', voice, 165) if voice == 'Alex' else flite(text, voice)
+        said = augment(join([said], [.5, .4]), i)
+        got = A.align(said.samples, text)
+        assert got.phonemes[0][0] == 0 and got.phonemes[-1][1] == said.duration and all(a[1] == b[0] and a[0] <= a[1] for a, b in zip(got.phonemes, got.phonemes[1:]))
+        errors += list(np.abs(lips(got) - lips(said)))
+    assert np.median(errors) < (.02 if voice == 'Alex' else .05) and np.quantile(errors, .8) < .08, errors
+
+@synthesiser
+def test_scores_of_truth_and_of_a_mute_mouth():
+    from midas_ref.data.speech import join, mouth_track, phoneme_at, synth, viseme
+    said = join([synth('Maybe Papa put my paper up there.', 'en-us')], [.4, .4]); when = (np.arange(int(said.duration*25)) + .5)/25
+    o, v = mouth_track(said, when)[:, 1], np.array([A.VISEMES.index(viseme(p)) for p in phoneme_at(said, when)])
+    best = A.lip_score(o, v, said); d = A.pool_scores([best])
+    assert d['closed'] == 1 and d['vowels'] == 0 and d['r'] > .999 and d['visemes'] == 1 and d['luck'] < .3 and d['chance'] < .9 and best['first'] == [True, *[False]*(d['sounds'] - 1)]
+    shut, wide = (A.pool_scores([A.lip_score(np.full(len(o), c), v*0, said)]) for c in (0., .8))
+    assert shut['closed'] == shut['chance'] == shut['vowels'] == 1 and wide['closed'] == wide['chance'] == wide['vowels'] == 0 and math.isnan(shut['r'])
+
+@real
+@synthesiser
+def test_real_talkers():
+    "Seven sounds decide little; the frames do: well above chance, far below synthesised speech."
+    scores = A.grid_scores(REAL, *trained()); d = A.pool_scores([s for _, s in scores.values()])
+    assert len(scores) == 5 and d['sounds'] == 7 and d['closed'] >= .6 and d['r'] > .35 and d['visemes'] > 3*d['luck']
+    assert len(A.grid_table(scores).splitlines()) == 7
+
+def test_folders_without_grid(tmp_path):
+    with pytest.raises(FileNotFoundError, match='is not a folder'): A.grid_scores(tmp_path/'no', None, None)
+    (tmp_path/'birthday.mpg').write_bytes(b'x')
+    with pytest.raises(ValueError, match='no recording of the GRID corpus'): A.grid_scores(tmp_path, None, None)
 
 # ---- pose
 
