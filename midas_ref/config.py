@@ -288,7 +288,7 @@ def codec_cost(
         if s < 6: cost += _conv(w[s], w[s+1]//4, 3, at(s)) if enc else _conv(w[s+1], 4*w[s], 3, at(s+1))
     return cost
 
-# %% ../nbs/00_config.ipynb #30c8eb9e
+# %% ../nbs/00_config.ipynb #389ad359
 def backbone_cost(
     cfg:BackboneConfig,  # sizes of the language model
     new:int,             # tokens read in this pass
@@ -308,14 +308,12 @@ def head_cost(
     channels:int=128,    # numbers per latent token
 )->Cost:
     "Cost of one denoising step for one frame."
-    d = cfg.width
-    attn = 4*d*d if cfg.kind == 'dit' else 0
-    block = attn + 8*d*d                                                     # feed-forward of 4x width
-    table = 6*d if cfg.kind == 'dit' else 0
+    d, dit = cfg.width, cfg.kind == 'dit'
+    block = (12 if dit else 5)*d*d                                           # dit: attention, feed-forward of 4x width; mlp: modulation, two layers
     once = 256*d + d*d                                                       # step embedding, once per frame
-    each = channels*d + cond*d + 6*d*d + d*channels                          # in, condition, modulation, out
-    bias = cfg.layers*((4*d if attn else 0) + 5*d + table) + 2*d + d + d + 6*d + 2*d + channels
-    flops = 2*once + tokens*(2*(cfg.layers*block + each) + (4*tokens*d*cfg.layers if attn else 0))
+    each = channels*d + cond*d + (6 if dit else 2)*d*d + d*channels          # in, condition, modulation, out
+    bias = cfg.layers*(15 if dit else 7)*d + (12 if dit else 6)*d + channels
+    flops = 2*once + tokens*(2*(cfg.layers*block + each) + (4*tokens*d*cfg.layers if dit else 0))
     return Cost(flops, cfg.layers*block + once + each + bias)
 
 # %% ../nbs/00_config.ipynb #5941f0f6
