@@ -12,6 +12,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'midas_ref.cli.bench_audio': ('cli.html#bench_audio', 'midas_ref/cli.py'),
                                'midas_ref.cli.bench_codec': ('cli.html#bench_codec', 'midas_ref/cli.py'),
                                'midas_ref.cli.bench_draw': ('cli.html#bench_draw', 'midas_ref/cli.py'),
+                               'midas_ref.cli.bench_probe': ('cli.html#bench_probe', 'midas_ref/cli.py'),
                                'midas_ref.cli.bench_reconstruction': ('cli.html#bench_reconstruction', 'midas_ref/cli.py'),
                                'midas_ref.cli.command': ('cli.html#command', 'midas_ref/cli.py'),
                                'midas_ref.cli.data_make': ('cli.html#data_make', 'midas_ref/cli.py'),

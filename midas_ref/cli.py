@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'Command', 'option', 'command', 'number', 'frame_size',
            'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'bench_reconstruction',
-           'bench_codec', 'train_audio_command', 'bench_draw', 'bench_audio', 'data_show', 'main']
+           'bench_probe', 'bench_codec', 'train_audio_command', 'bench_draw', 'bench_audio', 'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -203,6 +203,17 @@ def bench_reconstruction(a):
     device = device_of(a.device)
     r = exam(load_video_dcae(a.weights or CODEC).to(device), load_probe('b').to(device), a.clips)
     print(json.dumps(r, indent=1) if a.json else '\n'.join(f'{k:18} {v:.4f}' if isinstance(v, float) else f'{k:18} {v}' for k, v in r.items()))
+
+# %% ../nbs/90_cli.ipynb #fe8fcfa4
+@command('bench probe', 'grade a probe on drawn people it has never seen (page 14)', 'midas-ref bench probe b --clips 32\nmidas-ref bench probe a --weights runs/probe/probe_a.safetensors --json',
+    option('which', choices=('a', 'b'), help='a may serve as a loss, b only as a judge'), option('--weights', metavar='FILE', help='weights (default: the bundled ones)'),
+    option('--clips', type=number(int, 2), default=32, help='held-out scenes of 4.8 s (default 32)'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)
+def bench_probe(a):
+    "Print the grade of page 14."
+    from midas_ref.data.probes import grade, load_probe
+    device = device_of(a.device)
+    g = grade(load_probe(a.which, a.weights).to(device), a.clips, device=device)
+    print(json.dumps(g, indent=1) if a.json else '\n'.join(f'{k:14} {v:.4f}' for k, v in (g['r'] | {k: float(v) for k, v in g.items() if k not in ('r', 'error')}).items()))
 
 # %% ../nbs/90_cli.ipynb #668fd5c3
 @command('bench codec', 'milliseconds per frame of the codec', 'midas-ref bench codec\nmidas-ref bench codec --preset paper --device cuda --dtype bfloat16',
