@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'Command', 'option', 'command', 'number', 'frame_size',
-           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'bench_reconstruction',
-           'bench_probe', 'bench_codec', 'train_audio_command', 'bench_draw', 'bench_audio', 'data_show', 'main']
+           'Synthetic', 'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'data_scenes',
+           'train_model', 'bench_reconstruction', 'bench_probe', 'bench_codec', 'train_audio_command', 'bench_draw',
+           'bench_audio', 'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -190,6 +191,53 @@ def _codec_data(a, device):
     if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames))
     n = min(16, a.people, batch)
     return T.DrawnPictures(people, (n, max(1, batch//n)))
+
+# %% ../nbs/90_cli.ipynb #adc4dd01
+@command('data scenes', 'write scenes without pictures: motion, audio tokens and captions (page 50)', 'midas-ref data scenes scenes.safetensors --hours 20 --workers 16\nmidas-ref data scenes held_out.safetensors --hours .5 --split test',
+    option('out', metavar='OUT', help='file to write, .safetensors'),
+    option('--hours', type=number(float, .0001, 10_000), default=1., help='how much in all (default 1)'),
+    option('--seconds', type=number(float, .48, 600), default=9.6, help='length of a scene, whole chunks of 0.48 s (default 9.6, twenty chunks)'),
+    option('--first', type=number(int, 0, 1 << 30), default=0, help='seed of the first scene (default 0)'),
+    option('--split', choices=('train', 'test'), default='train', help='voices and sentences of one split never appear in the other (default train)'), WORKERS)
+def data_scenes(a):
+    "Write scenes, and hear them with the bundled tokenizer."
+    from midas_ref.conditions.audio import load_audio_weights
+    from midas_ref.data.probes import WEIGHTS
+    from midas_ref.training.train import write_scenes
+    file = WEIGHTS/'audio.safetensors'
+    if Path(a.out).suffix != '.safetensors': raise ValueError(f"OUT is {a.out!r}; accepted: a name that ends in .safetensors.")
+    if not file.is_file(): raise FileNotFoundError(f"No audio tokenizer at {file}; train one with midas-ref train audio, or run from a checkout that holds it.")
+    scenes = write_scenes(load_audio_weights(file)[0], max(1, math.ceil(a.hours*3600/a.seconds - 1e-9)), a.seconds, a.first, a.split, workers=a.workers, progress=a.progress)
+    scenes.save(a.out)
+    print(f'{a.out}: {scenes!r}')
+
+# %% ../nbs/90_cli.ipynb #6966b19c
+@command('train model', 'train backbone, head and projectors together (page 50)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu',
+    option('out', metavar='OUT', help='folder for checkpoint, log, strip of pictures and model'),
+    option('--data', metavar='SCENES', required=True, help='file that midas-ref data scenes wrote'),
+    option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes (default tiny)'), option('--start-from', metavar='FOLDER', help='model to go on from, with its sizes, instead of random weights'),
+    option('--minutes', type=number(float, .001), default=25., help='length of this piece (default 25)'),
+    option('--begin', type=number(float, 0, 1), default=0., help='progress of the run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
+    option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors, to the bit'),
+    option('--rows', type=number(int, 1, 4096), default=96, help='sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
+    option('--people', type=number(int, 1), default=160, help='people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0)'),
+    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
+def train_model(a):
+    "One piece of a joint run."
+    from midas_ref.data import probes
+    from midas_ref.training import train as T
+    device, out, scenes, midas = device_of(a.device), Path(a.out), T.Scenes.load(a.data), T.new_midas(a.preset, a.start_from)
+    T.check_scenes(scenes, midas)
+    if a.begin >= a.end: raise ValueError(f"--begin is {a.begin:g} and --end {a.end:g}; the second must be larger.")
+    if a.resume and not (out/'checkpoint.safetensors').is_file(): raise FileNotFoundError(f"--resume: no checkpoint at {out/'checkpoint.safetensors'}; start without it.")
+    midas = midas.to(device)
+    people = probes.People(a.people, probes.mouth_pool(1), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
+    pool = T.draw_pool(scenes, people, midas, say=print)
+    del people
+    trainer = T.JointTrainer(midas, pool.activity())
+    if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
+    T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan((a.rows, 6), (max(1, a.rows//3), 16)))
+    print(f'{out}/midas: step {trainer.step}')
 
 # %% ../nbs/90_cli.ipynb #84c8b45d
 @command('bench reconstruction', 'what the codec loses, on drawn people it has never seen (page 24)', 'midas-ref bench reconstruction\nmidas-ref bench reconstruction runs/3/codec --clips 8 --json',

@@ -1,0 +1,247 @@
+"""Joint training: scenes, the pool and its alignment, exact resume, the commands."""
+import copy, dataclasses, functools, json
+import pytest, torch
+from safetensors.torch import save_file
+from midas_ref import cli
+from midas_ref.config import preset
+from midas_ref.codec.temporal import VideoDCAE
+from midas_ref.conditions.audio import WhisperVQ, save_audio
+from midas_ref.data import probes
+from midas_ref.model.midas import Midas
+from midas_ref.training.train import JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.model.tokens import Layout
+
+def small():
+    "Sizes of a model that trains in moments; 2x2 latents."
+    p, r = preset('tiny'), dataclasses.replace
+    return r(p, video=r(p.video, height=128, width=128), text=r(p.text, tokens=16, width=32, layers=1), pose=r(p.pose, tokens_per_frame=2), audio=r(p.audio, width=32, heads=2, layers=1, ffn=64, codes=64),
+             backbone=r(p.backbone, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=48), head=r(p.head, width=32, layers=1, heads=2), window_frames=12,
+             codec=r(p.codec, encoder_widths=(8, 16, 32, 64, 64, 64, 128), decoder_widths=(8, 16, 32, 64, 64, 64, 128), decoder_depths=(0, 1, 1, 1, 1, 1, 1)))
+
+def numbered(scenes=3, frames=36, per_token=1):
+    "A pool whose every entry tells its scene and its time."
+    at = (1000*torch.arange(scenes)[:, None] + torch.arange(frames)).float()
+    chunks = frames//(6*per_token)
+    latents = (at[..., None, None, None] + torch.zeros(scenes, frames, 128, 2, 2)).half().float()
+    return Pool(latents, torch.randn(scenes, 2, 128, 2, 2), at[..., None, None].expand(-1, -1, 12, 2)/1000, torch.ones(scenes, frames, 12, dtype=torch.bool),
+                torch.arange(scenes*frames//per_token).view(scenes, -1), (torch.arange(scenes*chunks).view(scenes, -1, 1) % 100 + 5).expand(-1, -1, 64).int(), at[..., None].expand(-1, -1, 9)/1000,
+                torch.arange(scenes*frames//per_token)[:, None].expand(-1, 32).float(), 'none')
+
+@pytest.fixture(scope='module')
+def pool():
+    "Smooth random latents, so that there is something to learn."
+    torch.manual_seed(1)
+    p = numbered()
+    return dataclasses.replace(p, latents=torch.randn(3, 36, 128, 2, 2).cumsum(1)/4, codes=torch.randn(108, 32))
+
+@pytest.fixture(scope='module')
+def hearing():
+    torch.manual_seed(0)
+    return WhisperVQ(small().audio).eval()
+
+@pytest.fixture(scope='module')
+def scenes(hearing): return write_scenes(hearing, 2, 1.44)
+
+@pytest.mark.parametrize('frames, chunks', [(1, 7), (2, 5), (3, 4), (6, 3), (6, 6)])
+def test_batch_is_aligned(frames, chunks):
+    "Audio, pose, mouth and caption of every frame are those of its own time, whatever the chunk length."
+    p, g = numbered(), torch.Generator().manual_seed(frames)
+    latents, reference, signals, mouth = p.batch(64, chunks, frames, g)
+    assert latents.shape == (64, chunks*frames, 128, 2, 2) and reference.shape == (64, 128, 2, 2) and signals['text'].shape == (64, chunks, 64)
+    when = latents[:, :, 0, 0, 0]
+    scene, t = (when//1000).long(), (when % 1000).long()
+    assert (scene == scene[:, :1]).all() and (t.diff(dim=1) == 1).all() and (t[:, 0] % frames == 0).all()
+    assert torch.equal(signals['audio'][..., 0].long(), scene*36 + t)
+    assert torch.allclose(signals['pose'].velocity[..., 0, 0], when/1000) and torch.allclose(mouth[..., 0], when/1000)
+    middle = t[:, frames//2::frames]
+    assert torch.equal(signals['text'][..., 0], (scene[:, ::frames]*6 + middle//6) % 100 + 5)
+    assert t.max() == 35 and t.min() == 0 and len(scene.unique()) == 3                               # the ends of a scene are drawn too
+
+def test_batch_at_25_frames_a_second():
+    "Two frames share an audio token."
+    latents, _, signals, _ = numbered(per_token=2).batch(16, 2, 6, torch.Generator().manual_seed(0))
+    when = latents[:, ::2, 0, 0, 0]
+    assert torch.equal(signals['audio'][..., 0].long(), ((when//1000)*18 + (when % 1000)//2).long())
+
+def test_reference_is_of_the_same_scene():
+    p = numbered()
+    latents, reference, *_ = p.batch(32, 2)
+    for z, r in zip(latents, reference): assert any(torch.equal(r, q) for q in p.reference[int(z[0, 0, 0, 0]//1000)])
+
+@pytest.mark.parametrize('rows, chunks, frames, per_token, said', [(1, 7, 6, 1, '36 frames'), (1, 40, 1, 1, '36 frames'), (0, 1, 6, 1, '1 or more'), (1, 0, 6, 1, '1 or more'), (1, 1, 0, 1, '1 or more'), (1, 2, 3, 2, 'whole audio tokens')])
+def test_batch_refuses(rows, chunks, frames, per_token, said):
+    with pytest.raises(ValueError, match=said): numbered(per_token=per_token).batch(rows, chunks, frames)
+
+def test_scenes_file(scenes, tmp_path, hearing):
+    scenes.save(tmp_path/'deep'/'s.safetensors')
+    again = Scenes.load(tmp_path/'deep'/'s.safetensors')
+    assert all(torch.equal(getattr(again, k), getattr(scenes, k)) for k in ('motion', 'audio', 'words')) and (again.captions, again.fps, again.audio_hash) == (scenes.captions, 12.5, tokenizer_hash(hearing))
+    assert scenes.motion.shape[:2] == scenes.audio.shape == (2, 18) and scenes.words.shape == (2, 3)
+    with pytest.raises(FileNotFoundError, match='midas-ref data scenes'): Scenes.load(tmp_path/'none.safetensors')
+    (tmp_path/'half.safetensors').write_bytes((tmp_path/'deep'/'s.safetensors').read_bytes()[:-100])
+    with pytest.raises(ValueError, match='not a complete safetensors file'): Scenes.load(tmp_path/'half.safetensors')
+    save_file({'x': torch.zeros(1)}, tmp_path/'other.safetensors')
+    with pytest.raises(ValueError, match='holds no scenes but x'): Scenes.load(tmp_path/'other.safetensors')
+    save_file({k: torch.zeros(1) for k in ('motion', 'audio', 'words')}, tmp_path/'bare.safetensors', {'captions': '[]'})
+    with pytest.raises(ValueError, match='holds no scenes'): Scenes.load(tmp_path/'bare.safetensors')
+
+def test_scenes_repeat_and_differ(scenes, hearing):
+    again, later = write_scenes(hearing, 2, 1.44), write_scenes(hearing, 1, 1.44, first=1)
+    assert torch.equal(again.audio, scenes.audio) and torch.equal(again.motion, scenes.motion)
+    assert torch.equal(later.motion[0], scenes.motion[1]) and not torch.equal(later.motion[0], scenes.motion[0])
+    with pytest.raises(ValueError, match='whole chunks of 0.48 s'): write_scenes(hearing, 1, 5.)
+    with pytest.raises(ValueError, match='1 or more'): write_scenes(hearing, 0)
+
+def test_another_tokenizer_is_refused(scenes, hearing):
+    torch.manual_seed(3)
+    m = Midas(small(), audio=WhisperVQ(small().audio))
+    with pytest.raises(ValueError, match='heard with tokenizer'): check_scenes(scenes, m)
+    with pytest.raises(ValueError, match='25 frames per second'): check_scenes(dataclasses.replace(scenes, fps=25.), Midas(small(), audio=hearing))
+    check_scenes(scenes, Midas(small(), audio=hearing))
+
+def fresh(pool, **kw):
+    torch.manual_seed(5)
+    return JointTrainer(Midas(small()), pool.activity(), Recipe(**dict(warm=1, lr=3e-3) | kw))
+
+def run(trainer, pool, n, progress=.9):
+    "Losses of n steps with own frames in the past and chunks of several lengths."
+    plan = Plan((3, 2), (2, 4))
+    return [float(trainer.update(lambda: plan.draw(pool, progress, .5, trainer.g), progress)['flow']) for _ in range(n)]
+
+def same(a, b):
+    "Whether two trainers agree to the bit: weights, averages, moments, generators, step."
+    pairs = [(a.model.trained_state(), b.model.trained_state()), (a.ema, b.ema), (a.reader.state_dict(), b.reader.state_dict()), (dict(g=a.g.get_state(), c=a.cpu.get_state()), dict(g=b.g.get_state(), c=b.cpu.get_state()))]
+    flat = lambda t: {(i, k): torch.as_tensor(v) for i, s in t.opt.state_dict()['state'].items() for k, v in s.items()}
+    pairs += [(flat(a), flat(b))]
+    return a.step == b.step and all(set(x) == set(y) and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+
+def test_two_equal_runs_are_equal(pool):
+    "Nothing random comes from the global generator: dropping, own frames, noise, chunk lengths."
+    a, b = fresh(pool), fresh(pool)
+    torch.manual_seed(1); first = run(a, pool, 6)
+    torch.manual_seed(2); state = torch.get_rng_state()
+    assert run(b, pool, 6) == first and same(a, b) and torch.equal(torch.get_rng_state(), state)
+    assert run(fresh(pool, seed=1), pool, 6) != first
+
+def test_resume_is_exact(pool, tmp_path):
+    straight, a, b = fresh(pool), fresh(pool), fresh(pool, seed=0)
+    losses = run(straight, pool, 6)
+    assert run(a, pool, 3) == losses[:3]
+    save_run(a, tmp_path/'c.safetensors'); run(b, pool, 1); load_run(b, tmp_path/'c.safetensors')
+    assert same(a, b) and run(b, pool, 3) == losses[3:] and same(b, straight)
+    assert not list(tmp_path.glob('*.partial'))
+
+def test_checkpoint_errors(pool, tmp_path):
+    t, file = fresh(pool), tmp_path/'c.safetensors'
+    with pytest.raises(FileNotFoundError, match='No checkpoint'): load_run(t, file)
+    run(t, pool, 1); save_run(t, file)
+    data = file.read_bytes(); file.write_bytes(data[:len(data)//2])
+    with pytest.raises(ValueError, match='not a complete safetensors file'): load_run(t, file)
+    save_file({'x': torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match='no checkpoint of a joint run'): load_run(t, file)
+    file.write_bytes(data)
+    torch.manual_seed(0)
+    other = JointTrainer(Midas(dataclasses.replace(small(), backbone=dataclasses.replace(small().backbone, layers=1))), pool.activity())
+    with pytest.raises(ValueError, match='other sizes'): load_run(other, file)
+
+def test_own_frames_are_causal_and_leave_the_mode_alone(pool):
+    "An own frame follows from the truth before it: changing frame t changes own frames after t only."
+    t = fresh(pool); run(t, pool, 2)
+    latents, reference, signals, _ = pool.batch(2, 2, generator=torch.Generator().manual_seed(0))
+    other = latents.clone(); other[:, 4] += 1
+    a, b = (own_frames(t.model, x, reference, signals, torch.Generator().manual_seed(1), 2) for x in (latents, other))
+    moved = (a - b).abs().amax((0, 2, 3, 4))
+    assert t.model.training and a.shape == latents.shape and (moved[:5] == 0).all() and (moved[5:] > 0).all()
+
+def test_training_learns_and_frozen_parts_stay(pool, hearing):
+    torch.manual_seed(5)
+    m = Midas(small(), audio=hearing); before = copy.deepcopy(hearing.state_dict())
+    t = JointTrainer(m, pool.activity(), Recipe(warm=1, lr=3e-3, blind=0.))
+    losses = run(t, pool, 30, progress=.5)
+    assert sum(losses[-5:]) < .9*sum(losses[:5])
+    assert all(torch.equal(v, before[k]) for k, v in hearing.state_dict().items()) and not any('frozen' in k for k in t.ema)
+    kept = averaged(t)
+    assert not kept.training and all(torch.equal(kept.trained_state()[k], v) for k, v in t.ema.items()) and t.model.training
+
+def test_weights_stay_in_their_limits(pool):
+    w = change_weight(torch.tensor([0., .2, 1., 50.]))
+    assert w.tolist() == [.5, .5, 1., 8.] and abs(pool.activity().mean() - 1) < 1e-5
+
+def test_swap_check_hears(pool):
+    "Another's audio changes the loss, the same audio does not; the check draws nothing from anybody's generator."
+    t = fresh(pool, reader=(0., 0.)); run(t, pool, 5, .5); g, state = t.g.get_state(), torch.get_rng_state()
+    batch = pool.batch(3, 2, generator=torch.Generator().manual_seed(0))
+    a, b = (swap_check(t.model, batch, pool.activity()) for _ in range(2))
+    assert a == b and a['rise'] != 0. and torch.equal(g, t.g.get_state()) and torch.equal(state, torch.get_rng_state()) and t.model.training
+    heard = dict(batch[2], audio=batch[2]['audio'][:1].expand(3, -1, -1))
+    assert swap_check(t.model, (batch[0], batch[1], heard, batch[3]), pool.activity())['rise'] == 0.   # the same audio everywhere
+
+# the overfit control
+
+CLIP = dict(lr=4e-3, warm=10, final=.1, blind=0., own=0., high=0., keep=.9, repeats=6, reader=(0., 0.))
+
+def overfit(pool, steps=120):
+    "Relative error of generated latents after learning two short sequences by heart."
+    torch.manual_seed(0)
+    m = Midas(dataclasses.replace(small(), head=dataclasses.replace(small().head, width=144, heads=4)))  # it must name 128 numbers of noise
+    for k in m.conditions.drops: m.conditions.drops[k] = 0.
+    batch = pool.batch(2, 2, generator=torch.Generator().manual_seed(4))
+    t = JointTrainer(m, torch.ones(4, 128), Recipe(**CLIP))
+    for i in range(steps): t.update(lambda: (batch, None), i/steps)
+    video = generate(averaged(t), batch[1], batch[2], 2)
+    return ((video - batch[0]).square().mean()/batch[0].var()).item()
+
+@pytest.mark.parametrize('shift', [True, False])
+def test_overfit_needs_the_shift(pool, monkeypatch, shift):
+    "Two sequences learnt by heart are drawn again from the reference; trained without the shift, the same model draws nothing of them."
+    calm = dataclasses.replace(pool, latents=pool.latents*.3 + torch.randn(3, 1, 128, 2, 2, generator=torch.Generator().manual_seed(2)))
+    right = Layout.predicts
+    if not shift: monkeypatch.setattr(Layout, 'predicts', lambda self, device=None: right(self, device) + self.frame_tokens)   # x_i is asked for x_i
+    error = overfit(calm)
+    print('relative error', error)
+    assert error < .2 if shift else error > .5, error
+
+# the commands
+
+def call(capsys, *args):
+    "Status, output and errors of a command in this process."
+    capsys.readouterr(); status = cli.main([str(a) for a in args]); r = capsys.readouterr()
+    return status, r.out, r.err
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch, hearing):
+    "A stand-in for the bundled weights: only the tokenizer."
+    (tmp_path/'w').mkdir(); save_audio(tmp_path/'w'/'audio.safetensors', hearing, dtype=torch.float32)
+    monkeypatch.setattr(probes, 'WEIGHTS', tmp_path/'w')
+    return tmp_path/'w'
+
+def test_commands(capsys, tmp_path, monkeypatch, weights, hearing):
+    "Scenes, a first piece of a run, a second one that resumes it."
+    status, out, err = call(capsys, 'data', 'scenes', tmp_path/'s.safetensors', '--hours', 2.88/3600, '--seconds', 1.44, '--no-progress')
+    assert status == 0 and '2 of 1.44 s' in out and not err
+    cfg = dataclasses.replace(small(), video=preset('tiny').video)
+    torch.manual_seed(0)
+    Midas(cfg, VideoDCAE(cfg.codec), hearing).save_pretrained(tmp_path/'m')
+    monkeypatch.setattr(probes, 'People', functools.partial(probes.People, views=(3, 1)))
+    line = ['train', 'model', tmp_path/'run', '--data', tmp_path/'s.safetensors', '--start-from', tmp_path/'m', '--people', 1, '--rows', 2, '--minutes', .005, '--device', 'cpu']
+    status, out, err = call(capsys, *line, '--end', .5)
+    assert status == 0, err
+    assert {'checkpoint.safetensors', 'log.jsonl', 'midas', 'strip.png'} <= {p.name for p in (tmp_path/'run').iterdir()}
+    first = [json.loads(l) for l in (tmp_path/'run'/'log.jsonl').read_text().splitlines()]
+    status, out, err = call(capsys, *line, '--begin', .5, '--resume')
+    rows = [json.loads(l) for l in (tmp_path/'run'/'log.jsonl').read_text().splitlines()]
+    assert status == 0 and rows[-1]['step'] > first[-1]['step'] and max(r['progress'] for r in first) <= .5 <= rows[-1]['progress'], err
+    assert Midas.from_pretrained(tmp_path/'run'/'midas').codec_hash == Midas.from_pretrained(tmp_path/'m').codec_hash
+
+def test_command_mistakes(capsys, tmp_path, weights, scenes):
+    scenes.save(tmp_path/'s.safetensors')
+    for args, said in ((['data', 'scenes', tmp_path/'s.txt'], 'ends in .safetensors'), (['data', 'scenes', tmp_path/'n.safetensors', '--seconds', 5], 'whole chunks of 0.48 s'),
+                       (['train', 'model', tmp_path/'r', '--data', tmp_path/'none'], 'No scenes at'), (['train', 'model', tmp_path/'r', '--data', tmp_path/'s.safetensors', '--start-from', tmp_path/'none'], 'No model at'),
+                       (['train', 'model', tmp_path/'r'], '--data')):
+        status, out, err = call(capsys, *args)
+        assert status == 2 and said in err and len(err.splitlines()) == 1, err
+    (weights/'audio.safetensors').unlink()
+    status, _, err = call(capsys, 'data', 'scenes', tmp_path/'n.safetensors')
+    assert status == 2 and 'No audio tokenizer at' in err and len(err.splitlines()) == 1
+    with pytest.raises(FileNotFoundError, match='train them first'): new_midas('tiny', weights=weights)
+    assert not (tmp_path/'r').exists() and not (tmp_path/'n.safetensors').exists()
