@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Streams', 'open_streams', 'join_streams', 'split_streams', 'StageClock', 'untimed', 'draw_chunk', 'generate_offline',
-           'Session', 'to_bytes', 'picture']
+           'Wishes', 'Session', 'to_bytes', 'picture']
 
 # %% ../../nbs/inference/60_session.ipynb #308bf803
 import time
@@ -122,28 +122,12 @@ def generate_offline(
         latents[:, t], noise[:, t] = rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), state.randn(n, c, dtype=x0.dtype)
     return midas.codec.decode(latents)[0].clamp(-1, 1)
 
-# %% ../../nbs/inference/60_session.ipynb #57182b81
-class Session:
-    "One live stream: sound in, pictures out."
-    def __init__(self,
-        midas:Midas,             # with codec and tokenizer; a model serves any number of sessions
-        portrait,                # (3, h, w) in [-1, 1], or (h, w, 3) bytes, or what `load_portrait` gives
-        seed:int=0,              # of the noise: the same seed and sound give the same frames
-        frames:int|None=None,    # frames of a chunk, among those the weights know; fewer mean less delay
-        level:int=3,             # noise level at which frames are remembered: higher drifts less and is softer
-        steps:int|None=None,     # denoising steps; None: as the configuration says
-        clock=untimed,           # a `StageClock` to measure with
-    ):
-        self.midas = midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames)
-        self.seed, self.steps, self.clock = seed, steps, clock
-        self.wish, self.poses, self.level = '', deque(), level
-        self.steer(level=level); self.show(portrait)
-
-    def show(self, portrait):
-        "Start anew with a portrait: all memory is dropped."
-        x = picture(portrait, self.midas.cfg.video).to(self.midas.codec.mean)
-        with torch.no_grad(): self.reference = self.midas.codec.encode(x[None, None])[:, 0]
-        self.streams, self.buffer, self.given, self.drawn = open_streams(self.midas, 1, self.seed), np.zeros(0, np.float32), 0, 0
+# %% ../../nbs/inference/60_session.ipynb #f0bfdf36
+class Wishes:
+    "What a viewer has asked for, as signals for the chunks to come."
+    def __init__(self, midas:Midas, level:int):
+        self.midas, self.wish, self.poses, self.level = midas, '', deque(), level
+        self.steer(level=level)
 
     def steer(self,
         text:str|None=None,        # what to show, in words; '' forgets it
@@ -166,13 +150,35 @@ class Session:
 
     def signals(self)->dict:
         "What the next chunk is told besides its sound."
-        f, out, dev = self.midas.layout.frames, {}, self.reference.device
+        f, out, dev = self.midas.layout.frames, {}, self.midas.sigmas.device
         rows = [self.poses.popleft() for _ in range(min(f, len(self.poses)))]
         if rows:
             blank, known = torch.zeros_like(rows[0]), torch.arange(f) < len(rows)
             out['pose'] = Motion(torch.stack(rows + [blank]*(f - len(rows)))[None].to(dev), known[None, :, None].expand(1, f, len(blank)).to(dev))
         if self.wish and self.midas.text is not None: out['text'] = self.midas.text.ids([self.wish])[:, None]
         return out
+
+# %% ../../nbs/inference/60_session.ipynb #208e2a0e
+class Session(Wishes):
+    "One live stream: sound in, pictures out."
+    def __init__(self,
+        midas:Midas,             # with codec and tokenizer; a model serves any number of sessions
+        portrait,                # (3, h, w) in [-1, 1], or (h, w, 3) bytes, or what `load_portrait` gives
+        seed:int=0,              # of the noise: the same seed and sound give the same frames
+        frames:int|None=None,    # frames of a chunk, among those the weights know; fewer mean less delay
+        level:int=3,             # noise level at which frames are remembered: higher drifts less and is softer
+        steps:int|None=None,     # denoising steps; None: as the configuration says
+        clock=untimed,           # a `StageClock` to measure with
+    ):
+        super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level)
+        self.seed, self.steps, self.clock = seed, steps, clock
+        self.show(portrait)
+
+    def show(self, portrait):
+        "Start anew with a portrait: all memory is dropped."
+        x = picture(portrait, self.midas.cfg.video).to(self.midas.codec.mean)
+        with torch.no_grad(): self.reference = self.midas.codec.encode(x[None, None])[:, 0]
+        self.streams, self.buffer, self.given, self.drawn = open_streams(self.midas, 1, self.seed), np.zeros(0, np.float32), 0, 0
 
     def stream(self,
         samples,    # sound in [-1, 1], mono, float32 at 16 kHz, any number
