@@ -230,7 +230,7 @@ def own_frames(
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
-# %% ../../nbs/training/50_train.ipynb #cb4becb5
+# %% ../../nbs/training/50_train.ipynb #d19c177d
 class JointTrainer:
     "Trains a `Midas` on a pool."
     def __init__(self,
@@ -243,9 +243,8 @@ class JointTrainer:
         self.device = next(midas.parameters()).device
         self.reader = nn.Sequential(nn.LayerNorm(midas.cfg.backbone.width), nn.Linear(midas.cfg.backbone.width, len(MOUTH))).to(self.device)
         self.params = [p for p in [*midas.parameters(), *self.reader.parameters()] if p.requires_grad]
-        matrices, vectors = [p for p in self.params if p.ndim > 1], [p for p in self.params if p.ndim < 2]
-        self.opt = torch.optim.AdamW([dict(params=matrices, weight_decay=recipe.decay), dict(params=vectors, weight_decay=0.)],
-                                     recipe.lr, betas=(.9, .95), fused=self.device.type == 'cuda')
+        groups = [dict(params=[p for p in self.params if (p.ndim > 1) == big], weight_decay=recipe.decay*big) for big in (True, False)]   # matrices decay, vectors do not
+        self.opt = torch.optim.AdamW(groups, recipe.lr, betas=(.9, .95), fused=self.device.type == 'cuda')
         self.ema = {k: v.detach().float().clone() for k, v in midas.trained_state().items() if v.is_floating_point()}
         self.g, self.cpu = torch.Generator(self.device).manual_seed(recipe.seed), torch.Generator().manual_seed(recipe.seed)
         self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
@@ -258,9 +257,7 @@ class JointTrainer:
     )->Tensor:              # (b, t, c, h, w)
         "What the model looks back on: the truth, its own frames, or nothing."
         coin, x = lambda *s: torch.rand(*s, generator=self.g, device=self.device), latents
-        if late and self.r.own:
-            mine = own_frames(self.model, latents, reference, signals, self.g, 2)
-            x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, mine.to(x), x)
+        if late and self.r.own: x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, own_frames(self.model, x, reference, signals, self.g, 2).to(x), x)
         blind = coin(len(x), 1, 1, 1, 1) < self.r.blind
         return torch.where(blind, torch.randn(x.shape, generator=self.g, device=self.device).to(x), x)
 
