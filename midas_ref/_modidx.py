@@ -1183,6 +1183,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'midas_ref.model.midas.TeacherForcing.hidden': ( 'model/midas.html#teacherforcing.hidden',
                                                                                         'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.by_chunk': ('model/midas.html#by_chunk', 'midas_ref/model/midas.py'),
+                                       'midas_ref.model.midas.initialise': ('model/midas.html#initialise', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.load_midas': ('model/midas.html#load_midas', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.midas_folder': ('model/midas.html#midas_folder', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.read_config': ('model/midas.html#read_config', 'midas_ref/model/midas.py'),
