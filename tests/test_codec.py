@@ -172,6 +172,8 @@ def test_image_weights_load_into_the_video_codec(tmp_path):
     plain.save(tmp_path/'image')
     codec = load_video_dcae(tmp_path/'image')
     assert gap(codec(x), plain(x)) < 1e-6
+    state = torch.get_rng_state()
+    assert load_video_dcae(tmp_path/'image').fingerprint() == codec.fingerprint() and torch.equal(torch.get_rng_state(), state)
     awake(codec).save(tmp_path/'video')
     again = load_video_dcae(tmp_path/'video')
     assert again.fingerprint() == codec.fingerprint() != plain.fingerprint() and torch.equal(again(x), codec(x))

@@ -75,7 +75,7 @@ class StageClock:
 @contextmanager
 def untimed(stage): yield
 
-# %% ../../nbs/inference/60_session.ipynb #696e05a3
+# %% ../../nbs/inference/60_session.ipynb #e6af80ad
 @torch.no_grad()
 def draw_chunk(
     midas:Midas,           # or one of its `with_frames`
@@ -92,8 +92,7 @@ def draw_chunk(
     with clock('audio'): heard = midas.audio(samples, streams.audio).vectors
     with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
     for i in range(f):
-        noise = streams.model.randn(midas.layout.frame_tokens, reference.shape[1], dtype=z.dtype)
-        with clock('head'): x0 = sample(midas.head, z, noise, steps or midas.cfg.head.steps)
+        with clock('head'): x0 = midas.draw(z, streams.model, steps)
         with clock('decode'): frame = decode_frame(midas.codec, rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), streams.decoder, check=False)
         yield frame
         with clock('step'): z = midas.accept(x0, streams.model, level, i == f-1)
@@ -158,7 +157,7 @@ class Wishes:
         if self.wish and self.midas.text is not None: out['text'] = self.midas.text.ids([self.wish])[:, None]
         return out
 
-# %% ../../nbs/inference/60_session.ipynb #208e2a0e
+# %% ../../nbs/inference/60_session.ipynb #fc6b7dd1
 class Session(Wishes):
     "One live stream: sound in, pictures out."
     def __init__(self,
@@ -178,7 +177,11 @@ class Session(Wishes):
         "Start anew with a portrait: all memory is dropped."
         x = picture(portrait, self.midas.cfg.video).to(self.midas.codec.mean)
         with torch.no_grad(): self.reference = self.midas.codec.encode(x[None, None])[:, 0]
-        self.streams, self.buffer, self.given, self.drawn = open_streams(self.midas, 1, self.seed), np.zeros(0, np.float32), 0, 0
+        self.restart()
+
+    def restart(self):
+        "Forget all sound and all frames; the portrait and the wishes stay."
+        self.streams, self.buffer, self.given, self.drawn, self.current = open_streams(self.midas, 1, self.seed), np.zeros(0, np.float32), 0, 0, None
 
     def stream(self,
         samples,    # sound in [-1, 1], mono, float32 at 16 kHz, any number
@@ -190,10 +193,13 @@ class Session(Wishes):
 
     def _frames(self, limit:int|None=None):
         n = self.midas.cfg.chunk_samples
-        while len(self.buffer) >= n:
-            chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
-            for x in draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock):
+        while self.current or len(self.buffer) >= n:
+            if not self.current:
+                chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
+                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock)
+            for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
                 if limit is None or self.drawn < limit: self.drawn += 1; yield to_bytes(x[0])
+            self.current = None
 
     def push(self, samples)->np.ndarray:   # uint8, (t, h, w, 3), t may be 0
         "The same as `stream`, stacked."
@@ -204,7 +210,7 @@ class Session(Wishes):
         whole = -(-self.given//self.midas.cfg.chunk_samples)*self.midas.cfg.chunk_samples
         self.buffer = np.concatenate([self.buffer, np.zeros(whole - self.given, np.float32)])
         out = _stacked(self._frames(limit=-(-self.given*self.midas.layout.frames//self.midas.cfg.chunk_samples)), self.midas.cfg.video)
-        self.streams, self.buffer, self.given, self.drawn = open_streams(self.midas, 1, self.seed), np.zeros(0, np.float32), 0, 0
+        self.restart()
         return out
 
 # %% ../../nbs/inference/60_session.ipynb #2e24e9e5

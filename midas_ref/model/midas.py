@@ -179,7 +179,7 @@ class TeacherForcing(Parts):
         split = {k: out[k].unflatten(1, (b, t)) for k in ('per_token', 'x0_hat', 't')}
         return dict(loss=out['loss'], z=z, ids=ids, **split)
 
-# %% ../../nbs/model/46_midas.ipynb #3496dc9b
+# %% ../../nbs/model/46_midas.ipynb #db5647af
 class Live(TeacherForcing, Streaming):
     "Generation, one chunk and one frame at a time; all memory is in the state."
     def last_frame(self, state:StreamState)->tuple:
@@ -217,15 +217,23 @@ class Live(TeacherForcing, Streaming):
             for slot, value in zip(self.last_frame(state), (x, ids, True)): slot.copy_(torch.as_tensor(value))
 
     @torch.no_grad()
+    def draw(self,
+        z:Tensor,              # what conditions it, (b, n, d)
+        state:StreamState,     # the streams, for their noise
+        steps:int|None=None,   # denoising steps; None: as the configuration says
+    )->Tensor:                 # a clean frame, (b, n, c)
+        "Draw a frame, without reading it."
+        return sample(self.head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype), steps or self.cfg.head.steps)
+
     def next_frame(self,
         z:Tensor,              # what conditions it, (b, n, d)
         state:StreamState,     # the streams
         level=0,               # see `accept`
         last:bool=False,       # see `accept`
-        steps:int|None=None,   # denoising steps; None: as the configuration says
+        steps:int|None=None,   # see `draw`
     )->tuple:                  # clean latents (b, c, h, w), what conditions the frame after it or None
         "Draw a frame and read it back."
-        x0 = sample(self.head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype), steps or self.cfg.head.steps)
+        x0 = self.draw(z, state, steps)
         return rearrange(x0, 'b (h w) c -> b c h w', h=self.cfg.video.height//64), self.accept(x0, state, level, last)
 
     def chunk(self,
