@@ -146,7 +146,7 @@ def new_probe(
     if name not in PROBES: raise ValueError(f"probe is {name!r}; accepted: 'a' or 'b'.")
     with torch.random.fork_rng(): torch.manual_seed(dict(a=1, b=2)[name]); return PROBES[name]()
 
-# %% ../../nbs/data/14_probes.ipynb #ec603f26
+# %% ../../nbs/data/14_probes.ipynb #37ad73fe
 def _bake_ahead(queue, first, step, device, views):
     "A process that bakes people `first`, `first + step`, … and waits when the queue is full."
     torch.set_num_threads(1)
@@ -170,22 +170,24 @@ class People:
         self.pool, self.device, self.views = pool.to(device), device, views
         self.g, self.next, self.turn = torch.Generator(device).manual_seed(seed), first, 0
         self.pose, self.queues = torch.compile(pose, dynamic=False) if fast else pose, []
+        here = str(device) != 'cpu'                                     # the first crowd need not wait for the workers
         if workers:
             ctx = torch.multiprocessing.get_context('spawn')
             self.queues = [ctx.Queue(4) for _ in range(workers)]
-            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, bake_on or device, views), daemon=True).start()
-        rows = [self.take() for _ in range(n)]
+            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i + (n if here else 0), workers, bake_on or device, views), daemon=True).start()
+        rows = [self.take(here) for _ in range(n)]
         self.seeds, self.layers = [s for s, _ in rows], Layers.stack([l for _, l in rows])
 
-    def take(self):
-        "The next person: identity seed and layers."
+    def take(self, here:bool=False):
+        "The next person, from the workers or baked `here`: identity seed and layers."
         i, self.next = self.next, self.next + 1
-        if not self.queues: return i, bake([Identity.random(i)], 256, self.device, self.views, dtype=torch.float16)
+        if here or not self.queues: return i, bake([Identity.random(i)], 256, self.device, self.views, dtype=torch.float16)
         seed, layers = self.queues[self.turn % len(self.queues)].get(); self.turn += 1
         return seed, layers.map(lambda v: v.to(self.device, copy=True))
 
     def replace(self, row:int):
-        "Let somebody new take the place of row `row`."
+        "Let somebody new take the place of row `row`, unless the workers have nobody ready."
+        if self.queues and self.queues[self.turn % len(self.queues)].empty(): return
         self.seeds[row], new = self.take()
         for k, v in vars(self.layers).items():
             if isinstance(v, Tensor): v[row] = getattr(new, k)[0]
@@ -197,8 +199,17 @@ class People:
         "Fresh pictures with their truth."
         who = torch.randperm(len(self.layers), generator=self.g, device=self.device)[:people]
         m, mood = random_motion(people*frames, self.pool, self.g)
-        x = self.pose(self.layers[who], m.view(people, frames, -1)).flatten(0, 1)
-        return x.clamp(-1, 1), m, mood, who.repeat_interleave(frames)
+        x = self.draw(who, m.view(people, frames, -1)).flatten(0, 1)
+        return x, m, mood, who.repeat_interleave(frames)
+
+    def draw(self,
+        who:Tensor,   # rows of the crowd, (b,)
+        m:Tensor,     # motion, (b, t, m)
+    )->Tensor:        # frames in [-1, 1], (b, t, 3, 256, 256)
+        "Frames of these people; always eight to a row if that divides them, since each new shape is compiled anew."
+        t = m.shape[1]
+        k = t//8 if t % 8 == 0 else 1
+        return self.pose(self.layers[who.repeat_interleave(k)], m.unflatten(1, (k, -1)).flatten(0, 1)).clamp(-1, 1).unflatten(0, (-1, k)).flatten(1, 2)
 
 # %% ../../nbs/data/14_probes.ipynb #0da9d411
 def probe_loss(
