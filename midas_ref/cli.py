@@ -156,7 +156,7 @@ def train_probe(a):
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
 
-# %% ../nbs/90_cli.ipynb #0723a6b4
+# %% ../nbs/90_cli.ipynb #d04ae42e
 @command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
     option('out', metavar='OUT', help='folder for checkpoint, log, strips of pictures and codec'),
     option('--stage', type=int, choices=(1, 2, 3), default=1, help='1 pictures, 2 layers over time alone, 3 everything on clips (default 1)'),
@@ -173,7 +173,7 @@ def train_codec(a):
     "One piece of one stage."
     from pathlib import Path
     from midas_ref.codec import train as T
-    device, out = device_of(a.device), Path(a.out)
+    device, out = T.join_ranks(device_of(a.device)), Path(a.out)
     trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu')
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
     T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
@@ -186,8 +186,10 @@ def _codec_data(a, device):
     if a.data:
         from midas_ref.data.shards import Shards
         return T.RealClips(Shards(a.data), (batch, frames), device)
+    from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.data.probes import People, mouth_pool
-    people = People(a.people, mouth_pool(300), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
+    rank, world = T.rank(), int(os.environ.get('WORLD_SIZE', 1))                # every process has people of its own
+    people = People(a.people, mouth_pool(300), a.first + rank*(TEST_IDENTITIES//world), device, seed=rank, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
     if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames), ahead=8 if device != 'cpu' else 1)
     n = min(16, a.people, batch)
     return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if device != 'cpu' else 1)

@@ -1,6 +1,7 @@
 """The codec: published arithmetic and names, causal and streaming in both directions, errors that help, half precision."""
-import json, pickle
+import json, os, pickle, subprocess, sys
 from dataclasses import replace
+from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
 from torch import nn
@@ -10,6 +11,8 @@ from midas_ref.codec.stream import compare_flicker, decode_alone, decode_frame, 
 from midas_ref.codec.temporal import Fold, TimeBlock, Unfold, VideoDCAE, load_video_dcae
 from midas_ref.config import CodecConfig, VideoConfig
 from midas_ref.streaming import stack, stream, unstack
+
+ROOT = Path(__file__).parents[1]
 
 NARROW = CodecConfig(encoder_widths=(32, 32, 64, 64, 64, 128, 128), encoder_depths=(0, 1, 2, 1, 1, 1, 1),
                      decoder_widths=(32, 32, 64, 64, 64, 128, 128), decoder_depths=(0, 2, 1, 1, 2, 1, 1))
@@ -407,3 +410,38 @@ def test_cuda(dtype, tol):
     codec = codec.to('cuda', dtype).channels_last()
     assert gap(codec.encode(x.cuda()).float().cpu(), z) < tol
     assert gap(stream(codec.decode, z.cuda(), [1]*4, codec.init_decode_state()).float().cpu(), y) < tol
+
+# ---- several processes ----------------------------------------------------------------------------------------------------------------
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from pathlib import Path
+from midas_ref.codec.dcae import DCAE
+from midas_ref.codec.train import SpatialTrainer, agree, join_ranks, mean_over_ranks, near_identity, rank, train_codec
+from midas_ref.config import preset
+from midas_ref.data.probes import new_probe
+torch.set_num_threads(1)
+join_ranks()
+p = torch.nn.Parameter(torch.zeros(2)); p.grad = torch.tensor([1., 2.]) + rank(); idle = torch.nn.Parameter(torch.zeros(1))
+mean_over_ranks([p, idle])
+widths = (16, 16, 16, 16, 32, 32, 128)
+cfg = replace(preset('tiny').codec, encoder_widths=widths, decoder_widths=widths, encoder_depths=(0, 1, 1, 1, 1, 1, 1), decoder_depths=(0, 1, 1, 1, 1, 1, 1), decoder_norm='rms')
+torch.manual_seed(0)
+trainer = SpatialTrainer(near_identity(DCAE(cfg)), new_probe('a'), seed=rank())
+g = torch.Generator().manual_seed(rank())
+draw = lambda: (torch.rand(2, 3, 64, 64, generator=g)*2 - 1, torch.rand(2, 2, 64, 64, generator=g))
+train_codec(trainer, draw, 0, sys.argv[2], steps=2, say=None)
+torch.save(dict(grad=p.grad, said=agree(float(rank() + 7)), step=trainer.step, weights=[v.detach() for v in trainer.model.parameters()], critic=[v.detach() for v in trainer.critic.parameters()]), f'{sys.argv[2]}/rank{rank()}.pt')
+"""
+
+def test_processes_share_gradients_and_clock(tmp_path):
+    (tmp_path/'ranks.py').write_text(RANKS)
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29533', str(tmp_path/'ranks.py'), str(ROOT), str(tmp_path)],
+                         capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert run.returncode == 0, run.stderr[-2000:]
+    a, b = (torch.load(tmp_path/f'rank{k}.pt', weights_only=True) for k in (0, 1))
+    for r in (a, b): assert r['grad'].tolist() == [1.5, 2.5] and r['said'] == 7 and r['step'] == 2
+    assert all(torch.equal(x, y) for k in ('weights', 'critic') for x, y in zip(a[k], b[k]))
+    assert (tmp_path/'codec'/'config.json').is_file() and (tmp_path/'log.jsonl').read_text().count('\n') == 2

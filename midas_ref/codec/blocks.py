@@ -39,7 +39,7 @@ def shortcut_up(
     "Repeat channels, then unfold them into pixels."
     return unfold(widen(x, c_out*factor**2), factor)
 
-# %% ../../nbs/codec/20_blocks.ipynb #5931db78
+# %% ../../nbs/codec/20_blocks.ipynb #b755af20
 class RMSNorm2d(nn.Module):
     "Divide each position by its root mean square over channels, scale, shift."
     def __init__(self,
@@ -50,10 +50,10 @@ class RMSNorm2d(nn.Module):
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c)), eps
 
     def forward(self, x:Tensor)->Tensor:
-        "Normalise (b, c, h, w); statistics in float32."
-        scale = x.float().square().mean(1, keepdim=True).add(self.eps).rsqrt().to(x.dtype)
-        weight, bias = (p.to(x.dtype)[:, None, None] for p in (self.weight, self.bias))    # or autocast would go on in float32
-        return x * scale * weight + bias
+        "Normalise (b, c, h, w), channels last in memory; statistics in float32."
+        with torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False):         # or it would go on in float32
+            y = F.rms_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return y.permute(0, 3, 1, 2) + self.bias.to(x.dtype)[:, None, None]
 
 def make_norm(
     kind:str,  # 'rms' or 'batch'

@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
-           'near_identity', 'average', 'SpatialTrainer', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures',
-           'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips',
-           'codec_trainer', 'exam_hash', 'exam']
+           'near_identity', 'average', 'join_ranks', 'together', 'rank', 'mean_over_ranks', 'agree', 'SpatialTrainer',
+           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog', 'train_codec', 'strip', 'ClipTrainer',
+           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'codec_trainer', 'exam_hash', 'exam']
 
-# %% ../../nbs/codec/24_train.ipynb #5daacad3
-import copy, hashlib, importlib.util, json, math, time
+# %% ../../nbs/codec/24_train.ipynb #81469caa
+import copy, hashlib, importlib.util, json, math, os, time
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 from einops import rearrange
@@ -49,7 +50,7 @@ def placed_mean(
     mean = lambda m: (e*m).sum() / m.sum().clamp(min=1)
     return .3*mean(masks[:, 0]) + .2*mean(masks[:, 1]) + .5*mean(rest)
 
-# %% ../../nbs/codec/24_train.ipynb #d17e4d0a
+# %% ../../nbs/codec/24_train.ipynb #44034a92
 def edge_error(
     x:Tensor,  # (n, c, h, w)
     y:Tensor,  # same shape
@@ -61,9 +62,10 @@ def edge_error(
 def structure_error(
     x:Tensor,  # pictures in [-1, 1], (n, c, h, w)
     y:Tensor,  # same shape
-)->Tensor:     # 0 to 2, (n, c, h, w)
+    every:int=1,  # look at every so many pixels only: windows overlap, so little is lost
+)->Tensor:     # 0 to 2, (n, c, h/every, w/every)
     "One minus SSIM, with plain windows of 7 x 7 pixels instead of Gaussian ones of 11."
-    mean = lambda a: F.avg_pool2d(a, 7, 1, 3, count_include_pad=False)
+    mean = lambda a: F.avg_pool2d(a, 7, every, 3, count_include_pad=False)
     mx, my = mean(x), mean(y)
     vx, vy, both = mean(x*x) - mx*mx, mean(y*y) - my*my, mean(x*y) - mx*my
     a, b = .02**2, .06**2                                                      # (0.01 and 0.03 of the range)²
@@ -73,7 +75,7 @@ class FeatureLoss(nn.Module):
     "Distance between what each stage of probe A sees in two pictures."
     def __init__(self, probe:nn.Module):
         super().__init__()
-        self.probe = probe.eval().requires_grad_(False)
+        self.probe = probe.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self,
         x:Tensor,  # reconstruction in [-1, 1], (n, 3, 256, 256)
@@ -102,7 +104,8 @@ class Errors(nn.Module):
         feature = self.feature(y, x).float()
         with torch.autocast(y.device.type, enabled=False):
             y = y.float()
-            return *(placed_mean(e, masks) for e in ((y-x).abs(), edge_error(y, x), structure_error(y, x))), feature
+            structure = structure_error(y, x, 4)
+            return placed_mean((y-x).abs(), masks), placed_mean(edge_error(y, x), masks), placed_mean(structure, masks[..., ::4, ::4]), feature
 
 class Critic(nn.Module):
     "A patch discriminator: one verdict for each 16x16 patch or so (PatchGAN, Isola et al. 2017)."
@@ -137,7 +140,41 @@ def average(
     for a, b in pairs:
         if not a.is_floating_point(): a.copy_(b)
 
-# %% ../../nbs/codec/24_train.ipynb #7ffd1b1c
+# %% ../../nbs/codec/24_train.ipynb #701a1023
+def join_ranks(
+    device:str='cpu',   # 'cpu' or 'cuda'
+)->str:                 # the device of this process
+    "Meet the other processes of a `torchrun` launch, if there are any."
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return device
+    if not dist.is_initialized(): dist.init_process_group('gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl')
+    if device == 'cpu': return device
+    torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+def together()->bool: return dist.is_available() and dist.is_initialized()
+def rank()->int: return dist.get_rank() if together() else 0
+
+@torch.no_grad()
+def mean_over_ranks(
+    params,   # parameters, some with gradients; the same ones in every process
+):
+    "Replace each gradient by its mean over all processes; alone, do nothing."
+    if not together(): return
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    torch._foreach_copy_(grads, [v.view_as(g) for v, g in zip((flat/dist.get_world_size()).split([g.numel() for g in grads]), grads)])
+
+def agree(
+    value:float,  # any number
+)->float:         # that of process 0
+    "What process 0 says."
+    if not together(): return value
+    said = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(said, 0)
+    return said.item()
+
+# %% ../../nbs/codec/24_train.ipynb #6524ffe9
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
@@ -188,7 +225,7 @@ class SpatialTrainer:
     def move(self, loss:Tensor, parts:dict, progress:float)->dict:
         "One step of the codec; the parts of the loss, as tensors."
         for group in self.opt.param_groups: group['lr'] = self.lr * min(1, (self.step+1)/200) * (.02 + .98*(.5 + .5*math.cos(math.pi*progress)))
-        self.opt.zero_grad(); loss.backward()
+        self.opt.zero_grad(); loss.backward(); mean_over_ranks(self.model.parameters())
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
         self.opt.step(); average(self.ema, self.model, self.step); self.step += 1
         return dict(loss=loss.detach(), **{k: v.detach() for k, v in parts.items()}, norm=norm)
@@ -197,7 +234,7 @@ class SpatialTrainer:
         "One step of the adversary, from shortly before it is needed."
         if progress <= self.late - .06: return
         with self.half(): real, fake = self.critic(x).float(), self.critic(y.detach()).float()
-        self.copt.zero_grad(); (F.relu(1-real).mean() + F.relu(1+fake).mean()).backward(); self.copt.step()
+        self.copt.zero_grad(); (F.relu(1-real).mean() + F.relu(1+fake).mean()).backward(); mean_over_ranks(self.critic.parameters()); self.copt.step()
 
     def update(self,
         x:Tensor,        # pictures in [-1, 1], (n, 3, 256, 256)
@@ -316,7 +353,7 @@ class RunLog:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../../nbs/codec/24_train.ipynb #273c5032
+# %% ../../nbs/codec/24_train.ipynb #2c0a2aa0
 def train_codec(
     trainer:SpatialTrainer,   # of any stage, new or resumed
     draw,                     # called without arguments: what `trainer.update` takes, without the progress
@@ -327,22 +364,26 @@ def train_codec(
     steps:int|None=None,      # stop after so many steps instead of by the clock
     say=print,                # called with each line of the log
 ):
-    "One piece of one stage; the averaged codec is saved at its end."
-    out, log, start, last, n = Path(out), RunLog(out, say), time.time(), -1, 0
+    "One piece of one stage; the averaged codec is saved ten times on the way, and with its statistics at the end."
+    out, lead, start, last, n = Path(out), rank() == 0, time.time(), -1, 0
+    log = RunLog(out, say) if lead else None
     while True:
-        done = n/steps if steps else min((time.time() - start)/(60*minutes), 1)
+        done = agree(n/steps if steps else min((time.time() - start)/(60*minutes), 1))
         if done >= 1: break
         x, masks = draw()
         parts, n = trainer.update(x, masks, begin + (end-begin)*done), n + 1
-        if n == 3 and not steps: start = time.time()                          # compiling does not count
-        if int(done*40) == last: continue
+        if n == 3 and not steps: start = time.time()                          # recording and compiling do not count
+        if int(done*40) == last or not lead: continue
         last = int(done*40)
         log.line(step=trainer.step, minutes=(time.time()-start)/60, **parts)
+        if last % 4 == 3: trainer.ema.save(out/'codec', torch.float16)
         if last % 10 == 9: save_checkpoint(trainer, out/'checkpoint.safetensors'); log.picture('strip', trainer.step, strip(trainer.ema, x))
-    save_checkpoint(trainer, out/'checkpoint.safetensors')
-    if n: log.picture('strip', trainer.step, strip(trainer.ema, x))
-    fit_statistics(trainer.ema, (draw()[0] for _ in range(16))).save(out/'codec', torch.float16)
-    log.close()
+    if lead:
+        save_checkpoint(trainer, out/'checkpoint.safetensors')
+        if n: log.picture('strip', trainer.step, strip(trainer.ema, x))
+        fit_statistics(trainer.ema, (draw()[0] for _ in range(16))).save(out/'codec', torch.float16)
+        log.close()
+    agree(1.)                                                                 # nobody goes on before the codec is written
 
 @torch.no_grad()
 def strip(
@@ -462,7 +503,7 @@ class RealClips:
         masks = torch.stack([m for _, m in chosen]).to(self.device)[:, None].expand(-1, t, -1, -1, -1)
         return (x[:, 0], masks[:, 0]) if t == 1 else (x, masks)
 
-# %% ../../nbs/codec/24_train.ipynb #e0c65496
+# %% ../../nbs/codec/24_train.ipynb #d5e017e4
 def codec_trainer(
     stage:int,            # 1, 2 or 3
     start=None,           # folder of a codec to start from; stages 2 and 3 need one, of images or of video
@@ -477,7 +518,7 @@ def codec_trainer(
     if stage not in (1, 2, 3): raise ValueError(f"stage is {stage}; accepted: 1 (pictures), 2 (layers over time), 3 (everything, on clips).")
     if stage > 1 and not start: raise ValueError(f"Stage {stage} continues a codec; give the folder that stage {stage-1} has written.")
     kind, lr = DCAE if stage == 1 else VideoDCAE, lr or (4e-4, 4e-4, 2e-4)[stage-1]
-    torch.manual_seed(seed)
+    torch.manual_seed(seed); seed = seed + rank()                             # equal weights, different noise
     model = load_dcae(start, cfg, kind) if start else near_identity(kind(cfg or preset('tiny').codec))
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
     return SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, only_time=stage == 2, seed=seed, **kw)

@@ -146,7 +146,7 @@ def new_probe(
     if name not in PROBES: raise ValueError(f"probe is {name!r}; accepted: 'a' or 'b'.")
     with torch.random.fork_rng(): torch.manual_seed(dict(a=1, b=2)[name]); return PROBES[name]()
 
-# %% ../../nbs/data/14_probes.ipynb #37ad73fe
+# %% ../../nbs/data/14_probes.ipynb #f82c62bc
 def _bake_ahead(queue, first, step, device, views):
     "A process that bakes people `first`, `first + step`, … and waits when the queue is full."
     torch.set_num_threads(1)
@@ -171,22 +171,27 @@ class People:
         self.g, self.next, self.turn = torch.Generator(device).manual_seed(seed), first, 0
         self.pose, self.queues = torch.compile(pose, dynamic=False) if fast else pose, []
         here = str(device) != 'cpu'                                     # the first crowd need not wait for the workers
-        if workers:
-            ctx = torch.multiprocessing.get_context('spawn')
-            self.queues = [ctx.Queue(4) for _ in range(workers)]
-            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i + (n if here else 0), workers, bake_on or device, views), daemon=True).start()
-        rows = [self.take(here) for _ in range(n)]
+        self.later = (workers, first + n, bake_on or device) if workers and here else None      # they start with the first replacement
+        if workers and not here: self.employ(workers, first, bake_on or device)
+        rows = [self.take() for _ in range(n)]
         self.seeds, self.layers = [s for s, _ in rows], Layers.stack([l for _, l in rows])
 
-    def take(self, here:bool=False):
-        "The next person, from the workers or baked `here`: identity seed and layers."
+    def employ(self, workers:int, first:int, device):
+        "Start processes that bake person `first` and all who follow."
+        ctx = torch.multiprocessing.get_context('spawn')
+        self.queues = [ctx.Queue(4) for _ in range(workers)]
+        for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views), daemon=True).start()
+
+    def take(self):
+        "The next person, from the workers or baked here: identity seed and layers."
         i, self.next = self.next, self.next + 1
-        if here or not self.queues: return i, bake([Identity.random(i)], 256, self.device, self.views, dtype=torch.float16)
+        if not self.queues: return i, bake([Identity.random(i)], 256, self.device, self.views, dtype=torch.float16)
         seed, layers = self.queues[self.turn % len(self.queues)].get(); self.turn += 1
         return seed, layers.map(lambda v: v.to(self.device, copy=True))
 
     def replace(self, row:int):
         "Let somebody new take the place of row `row`, unless the workers have nobody ready."
+        if self.later: self.employ(*self.later); self.later = None
         if self.queues and self.queues[self.turn % len(self.queues)].empty(): return
         self.seeds[row], new = self.take()
         for k, v in vars(self.layers).items():
