@@ -213,7 +213,7 @@ def data_scenes(a):
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 
-# %% ../nbs/90_cli.ipynb #6966b19c
+# %% ../nbs/90_cli.ipynb #b86f8dc8
 @command('train model', 'train backbone, head and projectors together (page 50)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu',
     option('out', metavar='OUT', help='folder for checkpoint, log, strip of pictures and model'),
     option('--data', metavar='SCENES', required=True, help='file that midas-ref data scenes wrote'),
@@ -226,15 +226,18 @@ def data_scenes(a):
     option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
 def train_model(a):
     "One piece of a joint run."
+    from midas_ref.codec.train import join_ranks, rank
     from midas_ref.data import probes
+    from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.training import train as T
-    device, out, scenes, midas = device_of(a.device), Path(a.out), T.Scenes.load(a.data), T.new_midas(a.preset, a.start_from)
+    device, out, scenes, midas = join_ranks(device_of(a.device)), Path(a.out), T.Scenes.load(a.data), T.new_midas(a.preset, a.start_from)
     T.check_scenes(scenes, midas)
     if a.begin >= a.end: raise ValueError(f"--begin is {a.begin:g} and --end {a.end:g}; the second must be larger.")
     if a.resume and not (out/'checkpoint.safetensors').is_file(): raise FileNotFoundError(f"--resume: no checkpoint at {out/'checkpoint.safetensors'}; start without it.")
     midas = midas.to(device)
-    people = probes.People(a.people, probes.mouth_pool(1), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
-    pool = T.draw_pool(scenes, people, midas, say=print)
+    world = int(os.environ.get('WORLD_SIZE', 1))                                # every process has scenes and people of its own
+    people = probes.People(a.people, probes.mouth_pool(1), a.first + rank()*(TEST_IDENTITIES//world), device, workers=a.workers, bake_on=a.bake_on)
+    pool = T.draw_pool(scenes.part(rank(), world), people, midas, say=print)
     del people
     trainer = T.JointTrainer(midas, pool.activity())
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')

@@ -1,5 +1,6 @@
 """Joint training: scenes, the pool and its alignment, exact resume, the commands."""
-import copy, dataclasses, functools, json
+import copy, dataclasses, functools, json, os, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
 from midas_ref import cli
@@ -245,3 +246,34 @@ def test_command_mistakes(capsys, tmp_path, weights, scenes):
     assert status == 2 and 'No audio tokenizer at' in err and len(err.splitlines()) == 1
     with pytest.raises(FileNotFoundError, match='train them first'): new_midas('tiny', weights=weights)
     assert not (tmp_path/'r').exists() and not (tmp_path/'n.safetensors').exists()
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']
+from test_train import numbered, small
+from dataclasses import replace
+from midas_ref.codec.train import join_ranks, rank
+from midas_ref.model.midas import Midas
+from midas_ref.training.train import JointTrainer, Plan, train_model
+torch.set_num_threads(1); join_ranks()
+torch.manual_seed(rank())                                                          # every process begins elsewhere
+pool = numbered(); pool = replace(pool, latents=torch.randn(3, 36, 128, 2, 2), codes=torch.randn(108, 32))
+trainer = JointTrainer(Midas(small()), pool.activity())
+train_model(trainer, pool, 0, sys.argv[2], plan=Plan((2, 2), (2, 2)), steps=2, say=None)
+torch.save([p.detach() for p in trainer.params] + list(trainer.ema.values()), f'{sys.argv[2]}/rank{rank()}.pt')
+"""
+
+def test_processes_stay_equal(tmp_path):
+    "Two processes with other batches, other noise and other first weights end with the same weights."
+    root = Path(__file__).parents[1]
+    (tmp_path/'ranks.py').write_text(RANKS)
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29537', str(tmp_path/'ranks.py'), str(root), str(tmp_path)],
+                         capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert run.returncode == 0, run.stderr[-2000:]
+    a, b = (torch.load(tmp_path/f'rank{k}.pt', weights_only=True) for k in (0, 1))
+    assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    assert (tmp_path/'midas'/'model.safetensors').is_file()
+
+def test_parts_of_scenes_are_disjoint(scenes):
+    parts = [scenes.part(k, 2) for k in range(2)]
+    assert torch.equal(torch.cat([p.motion for p in parts]), scenes.motion) and torch.equal(torch.cat([p.audio for p in parts]), scenes.audio)

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
-           'near_identity', 'average', 'join_ranks', 'together', 'rank', 'mean_over_ranks', 'agree', 'SpatialTrainer',
-           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog', 'train_codec', 'strip', 'ClipTrainer',
-           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'codec_trainer', 'exam_hash', 'exam']
+           'near_identity', 'average', 'join_ranks', 'together', 'rank', 'mean_over_ranks', 'same_everywhere', 'agree',
+           'record', 'SpatialTrainer', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog', 'train_codec',
+           'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'codec_trainer', 'exam_hash',
+           'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -140,7 +141,7 @@ def average(
     for a, b in pairs:
         if not a.is_floating_point(): a.copy_(b)
 
-# %% ../../nbs/codec/24_train.ipynb #701a1023
+# %% ../../nbs/codec/24_train.ipynb #3e34123a
 def join_ranks(
     device:str='cpu',   # 'cpu' or 'cuda'
 )->str:                 # the device of this process
@@ -156,14 +157,24 @@ def rank()->int: return dist.get_rank() if together() else 0
 
 @torch.no_grad()
 def mean_over_ranks(
-    params,   # parameters, some with gradients; the same ones in every process
+    params,   # the same parameters in every process
 ):
-    "Replace each gradient by its mean over all processes; alone, do nothing."
+    "Replace each gradient by its mean over all processes, where a missing one counts as zero; alone, do nothing."
     if not together(): return
-    grads = [p.grad for p in params if p.grad is not None]
+    params = [p for p in params if p.requires_grad]
+    for p in params: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads = [p.grad for p in params]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     torch._foreach_copy_(grads, [v.view_as(g) for v, g in zip((flat/dist.get_world_size()).split([g.numel() for g in grads]), grads)])
+
+@torch.no_grad()
+def same_everywhere(
+    tensors,   # the same list in every process
+):
+    "Give every process the values of process 0."
+    if together():
+        for v in tensors: dist.broadcast(v.data, 0)
 
 def agree(
     value:float,  # any number
@@ -174,7 +185,21 @@ def agree(
     dist.broadcast(said, 0)
     return said.item()
 
-# %% ../../nbs/codec/24_train.ipynb #6524ffe9
+# %% ../../nbs/codec/24_train.ipynb #4d486a2d
+def record(
+    trainer,        # of this page, on a GPU; changed in place
+    x:Tensor,       # pictures or clips of the size of all later ones
+    masks:Tensor,   # of them
+):
+    "Replace the heavy parts of a trainer by recordings of themselves."
+    pictures = lambda v: v.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+    with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
+        with torch.no_grad(): z = trainer.encode(x); y = pictures(trainer.decode(z))
+        parts = (trainer.encode, (x,)), (trainer.decode, (z.requires_grad_(),)), (trainer.errors, (y.requires_grad_(), pictures(x), masks.flatten(0, -4)))
+        trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(*zip(*parts))
+    trainer.record = False
+
+# %% ../../nbs/codec/24_train.ipynb #8d9eb268
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
@@ -197,15 +222,7 @@ class SpatialTrainer:
         self.g = torch.Generator(self.device).manual_seed(seed)
         self.encode, self.decode, self.record = model.encoder, model.decoder, fast
 
-    def half(self, **kw): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda', **kw)
-
-    def replayed(self, x:Tensor, masks:Tensor):
-        "Before the first step: record encoder, decoder and errors, forwards and backwards, on tensors like these."
-        self.record, pictures = False, lambda v: v.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-        with self.half(cache_enabled=False):
-            with torch.no_grad(): z = self.encode(x); y = pictures(self.decode(z))
-            parts = (self.encode, (x,)), (self.decode, (z.requires_grad_(),)), (self.errors, (y.requires_grad_(), pictures(x), masks.flatten(0, -4)))
-            self.encode, self.decode, self.errors = torch.cuda.make_graphed_callables(*zip(*parts))
+    def half(self): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda')
 
     def through(self, x:Tensor)->Tensor:
         "Encode, disturb the latents, decode."
@@ -243,7 +260,7 @@ class SpatialTrainer:
     )->dict:             # parts of the loss, as tensors
         "One step."
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.record: self.replayed(x, masks)
+        if self.record: record(self, x, masks)
         with self.half(): y = self.through(x)
         loss, parts = self.score(y, x, masks, progress)
         out = self.move(loss, parts, progress)
@@ -396,7 +413,7 @@ def strip(
     y = codec(x)
     return [x.flatten(0, -4), y.flatten(0, -4)]
 
-# %% ../../nbs/codec/24_train.ipynb #cf1727c4
+# %% ../../nbs/codec/24_train.ipynb #4d9cfa49
 class ClipTrainer(SpatialTrainer):
     "Stages 2 and 3: short clips."
     def __init__(self,
@@ -415,7 +432,7 @@ class ClipTrainer(SpatialTrainer):
         progress:float,  # where in the run, 0 to 1
     )->dict:             # parts of the loss, as tensors
         "One step."
-        if self.record: self.replayed(x, masks)
+        if self.record: record(self, x, masks)
         with self.half(): y = self.through(x)
         flat, truth = y.flatten(0, 1), x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         loss, parts = self.score(flat, truth, masks.flatten(0, 1), progress)

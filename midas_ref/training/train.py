@@ -5,10 +5,10 @@ __all__ = ['Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'Pool', 'c
            'Recipe', 'own_frames', 'JointTrainer', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'generate',
            'sample_strip', 'train_model', 'new_midas']
 
-# %% ../../nbs/training/50_train.ipynb #cae92ad8
+# %% ../../nbs/training/50_train.ipynb #3f13c3db
 import copy, hashlib, json, math, time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,14 +23,14 @@ from ..data.clips import captions, frame_times, motion, reference_motion, write_
 from ..data.probes import WEIGHTS
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
-from ..codec.train import RunLog
+from ..codec.train import RunLog, agree, mean_over_ranks, rank, same_everywhere
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
 from ..model.flow import sample
 from ..model.midas import Midas, by_chunk
 
-# %% ../../nbs/training/50_train.ipynb #28c348b3
+# %% ../../nbs/training/50_train.ipynb #c0f0e6c8
 @dataclass
 class Scenes:
     "Scenes without pictures: motion, audio tokens and captions, all at the frame rate."
@@ -43,6 +43,10 @@ class Scenes:
 
     def __len__(self): return len(self.motion)
     def __repr__(self): return f"Scenes({len(self)} of {self.motion.shape[1]/self.fps:g} s, {len(self)*self.motion.shape[1]/self.fps/3600:.2f} hours, {len(self.captions)} captions)"
+
+    def part(self, k:int, n:int):
+        "Every n-th scene, from the k-th on."
+        return replace(self, motion=self.motion[k::n], audio=self.audio[k::n], words=self.words[k::n])
 
     def save(self, path):
         "One safetensors file."
@@ -140,7 +144,7 @@ class Pool:
         signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known)), text=self.text[scene[:, None], chunk_of].long())
         return at(self.latents).float(), self.reference[scene, draw(self.reference.shape[1])].float(), signals, at(self.mouth)
 
-# %% ../../nbs/training/50_train.ipynb #3b0f28a4
+# %% ../../nbs/training/50_train.ipynb #333f7550
 def check_scenes(
     scenes:Scenes,   # any
     midas:Midas,     # with its tokenizer
@@ -165,12 +169,13 @@ def draw_pool(
     z, refs, moves, seen = [], [], [], []
     for k in range(0, len(scenes) - together + 1, together):
         m = scenes.motion[k:k+together].to(dev).float()/127
-        layers = people.layers[torch.arange(k, k+together, device=dev) % len(people.layers)]
+        who = torch.arange(k, k+together, device=dev) % len(people.layers)
+        layers = people.layers[who]
         r = torch.cat([reference_motion(7*k + i) for i in range(together*references)], 1).to(dev).view(together, references, -1)
         with half:
-            x = torch.cat([people.pose(layers, part) for part in m.split(24, 1)], 1).clamp(-1, 1).to(codec.mean.dtype)
+            x = torch.cat([people.draw(who, part) for part in m.split(24, 1)], 1).to(codec.mean.dtype)
             z.append(codec.encode(x, check=False).half())
-            portrait = people.pose(layers, r).clamp(-1, 1).to(codec.mean.dtype)
+            portrait = people.draw(who, r).to(codec.mean.dtype)
             refs.append(codec.encode(portrait.flatten(0, 1)[:, None], check=False)[:, 0].unflatten(0, (together, references)).half())
         v = JointVelocity(12, fps=scenes.fps)(in_heights(keypoints(layers, m)[:, :, :12], 256, 256))
         moves.append(v.velocity); seen.append(v.known)
@@ -230,7 +235,7 @@ def own_frames(
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
-# %% ../../nbs/training/50_train.ipynb #d19c177d
+# %% ../../nbs/training/50_train.ipynb #2f5966db
 class JointTrainer:
     "Trains a `Midas` on a pool."
     def __init__(self,
@@ -238,15 +243,16 @@ class JointTrainer:
         activity:Tensor,         # (n, c), see `Pool.activity`
         recipe:Recipe=Recipe(),  # settings
     ):
-        self.model, self.r, self.step, self.weight = midas.train(), recipe, 0, change_weight(activity)
+        self.model, self.r, self.step, self.weight = midas.train(), recipe, 0, change_weight(activity.clone())
         torch.manual_seed(recipe.seed)
         self.device = next(midas.parameters()).device
         self.reader = nn.Sequential(nn.LayerNorm(midas.cfg.backbone.width), nn.Linear(midas.cfg.backbone.width, len(MOUTH))).to(self.device)
         self.params = [p for p in [*midas.parameters(), *self.reader.parameters()] if p.requires_grad]
         groups = [dict(params=[p for p in self.params if (p.ndim > 1) == big], weight_decay=recipe.decay*big) for big in (True, False)]   # matrices decay, vectors do not
+        same_everywhere([*self.params, self.weight])
         self.opt = torch.optim.AdamW(groups, recipe.lr, betas=(.9, .95), fused=self.device.type == 'cuda')
         self.ema = {k: v.detach().float().clone() for k, v in midas.trained_state().items() if v.is_floating_point()}
-        self.g, self.cpu = torch.Generator(self.device).manual_seed(recipe.seed), torch.Generator().manual_seed(recipe.seed)
+        self.g, self.cpu = (torch.Generator(d).manual_seed(recipe.seed + rank()) for d in (self.device, 'cpu'))      # each process its own batches and noise
         self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
 
     def context(self,
@@ -286,6 +292,7 @@ class JointTrainer:
             loss, parts = self.loss(batch, progress, frames)
             (loss/r.accumulate).backward()
             total = {k: total.get(k, 0) + v/r.accumulate for k, v in parts.items()}
+        mean_over_ranks(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, r.clip)
         self.opt.step(); self.step += 1
         now = self.model.trained_state()
@@ -404,7 +411,7 @@ def sample_strip(
     portrait = model.codec.decode(reference[:1, None], check=False)[0]
     return [torch.cat([portrait, model.codec.decode(r, check=False)[0, ::every]]) for r in rows]
 
-# %% ../../nbs/training/50_train.ipynb #d487977b
+# %% ../../nbs/training/50_train.ipynb #605eb4a2
 def train_model(
     trainer:JointTrainer,     # new or resumed
     pool:Pool,                # what to learn from
@@ -417,23 +424,26 @@ def train_model(
     say=print,                # called with each line of the log
 ):
     "One piece of a run."
-    out, log, start, last, n = Path(out), RunLog(out, say), time.time(), -1, 0
+    out, lead, start, last, n = Path(out), rank() == 0, time.time(), -1, 0
+    log = RunLog(out, say) if lead else None
     look = lambda n: n and 'codec' in trainer.model.frozen and log.picture('strip', trainer.step, sample_strip(averaged(trainer), exam))
     exam = pool.batch(plan.early[0], min(plan.early[1], pool.latents.shape[1]//6), 6, torch.Generator(pool.latents.device).manual_seed(99))
     while True:
-        done = n/steps if steps else min((time.time() - start)/(60*minutes), 1)
+        done = agree(n/steps if steps else min((time.time() - start)/(60*minutes), 1))
         if done >= 1: break
         progress = begin + (end-begin)*done
         parts, n = trainer.update(lambda: plan.draw(pool, progress, trainer.r.short, trainer.g), progress), n + 1
         if n == 3 and not steps: start = time.time()                          # warming up does not count
-        if int(done*40) == last: continue
+        if int(done*40) == last or not lead: continue
         last = int(done*40)
         if last % 2: parts = parts | {f'audio_{k}': v for k, v in swap_check(trainer.model, exam, trainer.weight).items()}
         log.line(step=trainer.step, minutes=(time.time()-start)/60, progress=progress, **parts)
         if last % 10 == 9: save_run(trainer, out/'checkpoint.safetensors'); look(n)
-    save_run(trainer, out/'checkpoint.safetensors'); look(n)
-    averaged(trainer).save_pretrained(out/'midas')
-    log.close()
+    if lead:
+        save_run(trainer, out/'checkpoint.safetensors'); look(n)
+        averaged(trainer).save_pretrained(out/'midas')
+        log.close()
+    agree(1.)                                                                 # nobody leaves before the model is written
 
 # %% ../../nbs/training/50_train.ipynb #490b12ed
 def new_midas(
