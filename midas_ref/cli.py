@@ -194,13 +194,13 @@ def _codec_data(a, device):
     n = min(16, a.people, batch)
     return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if device != 'cpu' else 1)
 
-# %% ../nbs/90_cli.ipynb #adc4dd01
+# %% ../nbs/90_cli.ipynb #2f35336f
 @command('data scenes', 'write scenes without pictures: motion, audio tokens and captions (page 50)', 'midas-ref data scenes scenes.safetensors --hours 20 --workers 16\nmidas-ref data scenes held_out.safetensors --hours .5 --split test',
     option('out', metavar='OUT', help='file to write, .safetensors'),
     option('--hours', type=number(float, .0001, 10_000), default=1., help='how much in all (default 1)'),
     option('--seconds', type=number(float, .48, 600), default=9.6, help='length of a scene, whole chunks of 0.48 s (default 9.6, twenty chunks)'),
     option('--first', type=number(int, 0, 1 << 30), default=0, help='seed of the first scene (default 0)'),
-    option('--split', choices=('train', 'test'), default='train', help='voices and sentences of one split never appear in the other (default train)'), WORKERS)
+    option('--split', choices=('train', 'test'), default='train', help='voices and sentences of one split never appear in the other (default train)'), WORKERS, DEVICE)
 def data_scenes(a):
     "Write scenes, and hear them with the bundled tokenizer."
     from midas_ref.conditions.audio import load_audio_weights
@@ -209,7 +209,7 @@ def data_scenes(a):
     file = WEIGHTS/'audio.safetensors'
     if Path(a.out).suffix != '.safetensors': raise ValueError(f"OUT is {a.out!r}; accepted: a name that ends in .safetensors.")
     if not file.is_file(): raise FileNotFoundError(f"No audio tokenizer at {file}; train one with midas-ref train audio, or run from a checkout that holds it.")
-    scenes = write_scenes(load_audio_weights(file)[0], max(1, math.ceil(a.hours*3600/a.seconds - 1e-9)), a.seconds, a.first, a.split, workers=a.workers, progress=a.progress)
+    scenes = write_scenes(load_audio_weights(file)[0].to(device_of(a.device)), max(1, math.ceil(a.hours*3600/a.seconds - 1e-9)), a.seconds, a.first, a.split, workers=a.workers, progress=a.progress)
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 

@@ -445,3 +445,17 @@ def test_processes_share_gradients_and_clock(tmp_path):
     for r in (a, b): assert r['grad'].tolist() == [1.5, 2.5] and r['said'] == 7 and r['step'] == 2
     assert all(torch.equal(x, y) for k in ('weights', 'critic') for x, y in zip(a[k], b[k]))
     assert (tmp_path/'codec'/'config.json').is_file() and (tmp_path/'log.jsonl').read_text().count('\n') == 2
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('clips', [False, True])
+def test_recorded_steps_are_the_same_steps(clips):
+    "A trainer that replays CUDA graphs ends where a plain one does."
+    from midas_ref.codec.train import ClipTrainer, SpatialTrainer
+    from midas_ref.data.probes import new_probe
+    g = torch.Generator().manual_seed(3); lead = (2, 3) if clips else (6,)
+    x, masks = (torch.rand(*lead, c, 64, 64, generator=g).cuda() for c in (3, 2)); x = x*2 - 1
+    losses = []
+    for fast in (False, True):
+        trainer = (ClipTrainer if clips else SpatialTrainer)((video if clips else image)(LIGHT).cuda().channels_last().train(), new_probe('a'), lr=1e-3, fast=fast)
+        losses.append([trainer.update(x, masks, .9)['loss'].item() for _ in range(4)])
+    assert losses[0][3] < losses[0][0] and max(abs(a/b - 1) for a, b in zip(*losses)) < .03, losses

@@ -197,3 +197,22 @@ def test_missing_parts(saved):
     with pytest.raises(ValueError, match='without its codec'): m.codec
     with pytest.raises(FileNotFoundError, match='No model at'): Midas.from_pretrained(folder/'nowhere')
     assert not any(p.requires_grad for p in saved[0].frozen.parameters()) and not saved[0].train().frozen.training
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_cuda():
+    "Training equals streaming on a GPU, the GPU equals the CPU, and a step in bfloat16 is finite."
+    torch.manual_seed(1)
+    m = awake(Live(small()))
+    latents, reference, signals, ids, noise = sequence(m.cfg, 2, 10)
+    there = lambda v: type(v)(*(there(q) for q in v)) if isinstance(v, tuple) else {k: there(q) for k, q in v.items()} if isinstance(v, dict) else v.cuda()
+    want = offline(m, latents, reference, signals, ids, noise)
+    m, args = m.cuda(), tuple(map(there, (latents, reference, signals, ids, noise)))
+    got = offline(m, *args)
+    assert (got.cpu() - want).abs().max() < 1e-3*want.abs().max()
+    live = replay_latents(m, args[0], args[1], by_chunk(args[2], 10), args[3], args[4], m.init_state(2))
+    assert (live - got).abs().max() < 1e-3*want.abs().max()
+    m.train(); m.conditions.drops.update(audio=.1, pose=.6, text=.5)
+    with torch.autocast('cuda', torch.bfloat16):
+        out = m(args[0], args[1], args[2], torch.ones(4, 128, device='cuda'), generator=torch.Generator('cuda').manual_seed(0), drop=torch.Generator().manual_seed(0))
+    out['loss'].backward()
+    assert torch.isfinite(out['loss']) and all(torch.isfinite(p.grad).all() for p in m.parameters() if p.grad is not None)

@@ -657,7 +657,7 @@ def bake_views(
         out.append(rearrange(maps, "v c (h w) -> v c h w", h=h))
     return tuple(out)
 
-# %% ../../nbs/data/10_portraits.ipynb #9b35f424
+# %% ../../nbs/data/10_portraits.ipynb #ff202914
 def beard_mask(
     x: Tensor, # face coordinates
     y: Tensor,
@@ -698,7 +698,7 @@ def bake_skin(
     blood = blood + 0.6 * step(0.68, 0.76, ax) + 0.25 * disc(f["ex"], -0.02, 0.22, 0.13)
     blood = (i.redness * (0.75 - 0.3 * i.skin) * blood * (1 + 0.25 * n(14)) + 0.10 * n(9)).clamp(0, 1)
     c = lerp(tone, red, blood)
-    c = c * (1 + 0.035 * n(24) + 0.035 * n(110) * (0.6 + 0.5 * old))
+    c = c * (1 + 0.035 * n(24) + 0.02 * n(80) * (0.6 + 0.5 * old))
     c = c * (1 - (0.14 + 0.16 * old) * disc(f["ex"] - 0.02, -0.155, 0.12, 0.045)) # under the eyes
     spots = step(0.72, 1.1, n(84)) * (disc(0.22, -0.2, 0.34, 0.20) + 0.35) + 0.35 * old * step(1.05, 1.3, n(36))
     c = c * (1 - torch.tensor([0.28, 0.42, 0.5], device=dev)[:, None, None] * (max(i.freckles, 0.5 * old - 0.2) * spots).clamp(0, 1))
@@ -718,16 +718,16 @@ def bake_skin(
     root = step(-0.02, 0.14, y - hairline(az, i.hairline) + 0.02 * n(60)) * {"bald": 0.10, "buzz": 0.75, "headscarf": 0.0}.get(i.hair, 0.45)
     if i.hair not in ("bald", "buzz"): root = root * step(1.0, 0.6, az)
     c = lerp(c, lerp(hc, tone, 0.25), root)
-    hairs = noise(g, size, size, 70, 190).to(dev)
+    hairs = noise(g, size, size, 56, 130).to(dev)
     m = beard_mask(x + 0.006 * n(90), y + 0.012 * n(60), i.beard)
     dense = dict(none=0.0, stubble=0.30).get(i.beard, 0.94)
     shadow = beard_mask(x, y, "stubble") * (0.16 if i.brow_ridge > 0.5 and i.beard == "none" else 0.0) * (1 - 0.6 * i.skin)
     c = lerp(c, lerp(hc, tone, 0.5), shadow)
     c = lerp(c, (hc * (0.9 + 0.42 * hairs) + 0.012).clamp_min(0.004), (m * dense * (1 + 0.35 * hairs)).clamp(0, 1))
-    gloss = (0.8 + 0.5 * disc(0, 0.15, 0.22, 0.4) + 0.5 * disc(0, f["nose_y"], 0.1, 0.15) + 0.18 * n(120)) * (1 - 0.85 * m * dense) * (1 - 0.3 * old)
+    gloss = (0.8 + 0.5 * disc(0, 0.15, 0.22, 0.4) + 0.5 * disc(0, f["nose_y"], 0.1, 0.15) + 0.12 * n(70)) * (1 - 0.85 * m * dense) * (1 - 0.3 * old)
     return torch.cat([c.clamp(0.003, 1), gloss[None].clamp(0, 2)])
 
-# %% ../../nbs/data/10_portraits.ipynb #2b1eb061
+# %% ../../nbs/data/10_portraits.ipynb #7e796500
 STRAND_BOX = ((-1.0, -2.4), (1.0, 2.0))
 
 def bake_strands(
@@ -738,11 +738,11 @@ def bake_strands(
     g, (h, w) = pattern(i, 1), (320, 640)
     n = lambda a, b: noise(g, h, w, a, b)
     if i.hair in ("curly", "long_curly"):
-        wavy = 0.5 + 0.30 * n(60, 120) + 0.22 * n(26, 60) + 0.16 * n(20, 260)
+        wavy = 0.5 + 0.30 * n(50, 100) + 0.26 * n(26, 60) + 0.07 * n(20, 220)
         out = (wavy, 0.8 * n(50, 90), n(12, 30))
-    elif i.hair in ("afro", "buzz"): out = (0.5 + 0.26 * n(150, 300) + 0.14 * n(60, 120), 0.9 * n(100, 200), n(12, 30))
-    elif i.hair == "headscarf": out = (0.5 + 0.04 * n(160, 320) + 0.10 * n(10, 6), 0.05 * n(9, 9), 0.3 * n(6, 6))
-    else: out = (0.5 + 0.20 * n(5, 300) + 0.18 * n(6, 130) + 0.16 * n(5, 48), 0.7 * n(9, 220) + 0.4 * n(5, 70), n(5, 90))
+    elif i.hair in ("afro", "buzz"): out = (0.5 + 0.14 * n(120, 240) + 0.22 * n(60, 120), 0.9 * n(80, 160), n(12, 30))
+    elif i.hair == "headscarf": out = (0.5 + 0.02 * n(120, 240) + 0.10 * n(10, 6), 0.05 * n(9, 9), 0.3 * n(6, 6))
+    else: out = (0.5 + 0.08 * n(5, 220) + 0.22 * n(6, 110) + 0.18 * n(5, 48), 0.6 * n(9, 160) + 0.45 * n(5, 70), n(5, 60))
     return torch.stack(out).to(device)
 
 # %% ../../nbs/data/10_portraits.ipynb #9bd3d404
@@ -775,7 +775,7 @@ def triangle(
         d = e if d is None else torch.maximum(d, e)
     return d
 
-# %% ../../nbs/data/10_portraits.ipynb #bfe3e103
+# %% ../../nbs/data/10_portraits.ipynb #8a4bc74e
 def bake_torso(
     i: Identity,
     h: int, # rows
@@ -817,11 +817,11 @@ def bake_torso(
     light = light + (lerp(rig["ground"], rig["sky"], 0.5 + 0.5 * nrm[1]) + rig["fill_color"] * (0.5 + 0.5 * dt(rig["fill"])).clamp_min(0)) * (0.4 + 0.6 * under)
     light = light + rig["rim_color"] * (dt(rig["rim"]) + 0.3).clamp_min(0) * (1 - nrm[2]) ** 1.5
     base = rgb(i.cloth_color, device)
-    weave = 1 + 0.05 * n(h // 3, w // 3) + (0.06 * torch.sin(x * 210) if i.clothes == "turtleneck" else 0.0)
+    weave = 1 + 0.02 * n(h // 5, w // 5) + (0.06 * torch.sin(x * 210) if i.clothes == "turtleneck" else 0.0)
     coat = base * weave
     edge = lambda d, k=1.0: (0.5 - d * px).clamp(0, 1) * k
     if i.clothes == "blazer":
-        shirt = rgb("eee9e2" if base.mean() < 0.5 else "3a3f4a", device) * (1 + 0.03 * n(h // 3, w // 3))
+        shirt = rgb("eee9e2" if base.mean() < 0.5 else "3a3f4a", device) * (1 + 0.02 * n(h // 5, w // 5))
         opening = y + 2.75 - 1.75 * ax.clamp_min(0.0) - 0.30
         coat = lerp(coat, shirt, ((opening) * px + 0.5).clamp(0, 1) * step(0.78, 0.74, ax))
         lapel = triangle(ax, y, (0.10, -2.7), (0.60, -1.42), (0.44, -1.05), (0.30, -1.42))
@@ -845,7 +845,7 @@ def bake_torso(
     flesh = flesh * (1 - 0.40 * bump(neck.clamp_max(0), 0.05) * step(0.02, -0.01, neck)) # the collar's shadow
     return torch.cat([lerp(flesh, coat.clamp_min(0.004), cloth) * light, alpha[None], at[None]])
 
-# %% ../../nbs/data/10_portraits.ipynb #91d0553d
+# %% ../../nbs/data/10_portraits.ipynb #a4c0492d
 def bake_background(
     i: Identity,
     x: Tensor, # plane coordinates, (h, w)
@@ -880,7 +880,7 @@ def bake_background(
         c = base * (0.5 + 0.5 * glow) * (1 + 0.02 * noise(g, h, w, 60, 60).to(dev))
         c = lerp(c, base * 0.30, 0.8 * step(-0.98, -1.06, y))
     c = c * (1 - 0.20 * ((x / 2.2) ** 2 + (y / 1.9) ** 2).clamp(0, 1.5))
-    return c.clamp(0, 1.2) + 0.004 * torch.randn(h, w, generator=g).to(dev)
+    return c.clamp(0, 1.2) + 0.0006 * torch.randn(h, w, generator=g).to(dev) # against banding
 
 # %% ../../nbs/data/10_portraits.ipynb #02ba8c85
 GLASS_BOX = ((-0.78, -0.34), (0.78, 0.34))

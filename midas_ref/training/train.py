@@ -5,11 +5,12 @@ __all__ = ['Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'Pool', 'c
            'Recipe', 'own_frames', 'JointTrainer', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'generate',
            'sample_strip', 'train_model', 'new_midas']
 
-# %% ../../nbs/training/50_train.ipynb #3f13c3db
+# %% ../../nbs/training/50_train.ipynb #9bc37761
 import copy, hashlib, json, math, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
@@ -63,7 +64,7 @@ class Scenes:
         if set(tensors) != {'motion', 'audio', 'words'} or not {'captions', 'fps', 'audio_hash'} <= set(meta): raise ValueError(f"{path} holds no scenes but {', '.join(sorted(tensors))[:80]}.")
         return cls(**tensors, captions=json.loads(meta['captions']), fps=float(meta['fps']), audio_hash=meta['audio_hash'])
 
-# %% ../../nbs/training/50_train.ipynb #de1c437e
+# %% ../../nbs/training/50_train.ipynb #c0b22a79
 def tokenizer_hash(audio)->str:
     "Twelve digits by which scenes know the tokenizer that made their ids."
     weights = [v for k, v in sorted(audio.state_dict().items()) if not k.startswith('ema_')]     # moving averages are not in its file
@@ -81,7 +82,7 @@ def write_scene(
 
 @torch.no_grad()
 def write_scenes(
-    audio,                   # a `WhisperVQ`
+    audio,                   # a `WhisperVQ`, on any device
     n:int,                   # scenes
     seconds:float=9.6,       # length of each
     first:int=0,             # seed of the first
@@ -98,9 +99,11 @@ def write_scenes(
     if progress:
         from tqdm import tqdm
         made = tqdm(made, total=n, unit='scene')
-    for samples, m, said in made:
-        ids = audio(torch.from_numpy(samples)[None]).ids[0]
-        rows.append((torch.from_numpy(m), ids.to(torch.int16), torch.tensor([table.setdefault(w, len(table)) for w in said], dtype=torch.int16)))
+    made, device = iter(made), next(audio.parameters()).device
+    while some := list(islice(made, 32)):
+        heard = audio(torch.from_numpy(np.stack([x for x, _, _ in some])).to(device)).ids.cpu()
+        for ids, (_, m, said) in zip(heard, some):
+            rows.append((torch.from_numpy(m), ids.to(torch.int16), torch.tensor([table.setdefault(w, len(table)) for w in said], dtype=torch.int16)))
     if pool: pool.shutdown()
     return Scenes(*(torch.stack(c) for c in zip(*rows)), list(table), fps, tokenizer_hash(audio))
 
@@ -411,7 +414,7 @@ def sample_strip(
     portrait = model.codec.decode(reference[:1, None], check=False)[0]
     return [torch.cat([portrait, model.codec.decode(r, check=False)[0, ::every]]) for r in rows]
 
-# %% ../../nbs/training/50_train.ipynb #605eb4a2
+# %% ../../nbs/training/50_train.ipynb #51e62181
 def train_model(
     trainer:JointTrainer,     # new or resumed
     pool:Pool,                # what to learn from
@@ -430,7 +433,7 @@ def train_model(
     exam = pool.batch(plan.early[0], min(plan.early[1], pool.latents.shape[1]//6), 6, torch.Generator(pool.latents.device).manual_seed(99))
     while True:
         done = agree(n/steps if steps else min((time.time() - start)/(60*minutes), 1))
-        if done >= 1: break
+        if done >= 1 and n: break                                             # one step at least, however slow the machine
         progress = begin + (end-begin)*done
         parts, n = trainer.update(lambda: plan.draw(pool, progress, trainer.r.short, trainer.g), progress), n + 1
         if n == 3 and not steps: start = time.time()                          # warming up does not count
