@@ -6,7 +6,11 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 
-.PHONY: help test test-slow lab export notebooks readme setup clean
+PORTRAIT ?= data_samples/portraits/mira.png
+AUDIO ?= data_samples/speech/en-us.flac
+OUT ?= out/demo.mp4
+
+.PHONY: help demo test test-slow lab export notebooks readme setup clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -17,6 +21,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -c constraints.txt
 	@touch $@
+
+demo: $(READY)  ## a talking video in out/demo.mp4 (PORTRAIT=me.png AUDIO=me.wav OUT=me.mp4 for your own)
+	@mkdir -p $(dir $(OUT))
+	@env -u OMP_NUM_THREADS $(BIN)/midas-ref animate "$(PORTRAIT)" "$(AUDIO)" -o "$(OUT)" $(ARGS)
 
 setup: $(READY)  ## make the environment in .venv
 

@@ -4,9 +4,10 @@
 __all__ = ['Streams', 'open_streams', 'join_streams', 'split_streams', 'StageClock', 'untimed', 'draw_chunk', 'generate_offline',
            'Wishes', 'Session', 'to_bytes', 'picture']
 
-# %% ../../nbs/inference/60_session.ipynb #308bf803
+# %% ../../nbs/inference/60_session.ipynb #77819162
 import time
 from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np
@@ -54,11 +55,14 @@ def split_streams(
     "A batch as single sessions."
     return [Streams(*row) for row in zip(*(unstack(getattr(streams, k)) for k in ('audio', 'model', 'decoder')))]
 
-# %% ../../nbs/inference/60_session.ipynb #d5d7ba17
+# %% ../../nbs/inference/60_session.ipynb #357c89bd
 class StageClock:
-    "Durations of the stages of generation."
+    "When the stages of generation began and ended."
     def __init__(self, device='cpu'):
-        self.seconds, self.cuda = defaultdict(list), torch.device(device).type == 'cuda'
+        self.spans, self.cuda = defaultdict(list), torch.device(device).type == 'cuda'       # stage -> [(begin, end)] in seconds of `time.perf_counter`
+
+    @property
+    def seconds(self): return {k: [b - a for a, b in v] for k, v in self.spans.items()}      # stage -> durations
 
     @contextmanager
     def __call__(self, stage:str):
@@ -66,7 +70,7 @@ class StageClock:
         start = time.perf_counter()
         yield
         if self.cuda: torch.cuda.synchronize()
-        self.seconds[stage].append(time.perf_counter() - start)
+        self.spans[stage].append((start, time.perf_counter()))
 
     def table(self, warmup:int=0)->dict:   # stage -> `Latency`
         "Median and p95 of every stage."
@@ -75,7 +79,7 @@ class StageClock:
 @contextmanager
 def untimed(stage): yield
 
-# %% ../../nbs/inference/60_session.ipynb #e6af80ad
+# %% ../../nbs/inference/60_session.ipynb #77fe47f4
 @torch.no_grad()
 def draw_chunk(
     midas:Midas,           # or one of its `with_frames`
@@ -86,16 +90,23 @@ def draw_chunk(
     level=0,               # noise level at which frames are remembered: an int, or (b,)
     steps:int|None=None,   # denoising steps
     clock=untimed,         # a `StageClock`
+    pool=None,             # an executor that decodes while the next frame is drawn; None: one after the other
 ):
     "Yield the frames of a chunk, each (b, 3, h, w) in [-1, 1]."
     f = midas.layout.frames
+    def decode(x0):
+        with torch.no_grad(), clock('decode'):                # `no_grad` does not reach into another thread
+            return decode_frame(midas.codec, rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), streams.decoder, check=False)
     with clock('audio'): heard = midas.audio(samples, streams.audio).vectors
     with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
+    with clock('head'): x0 = midas.draw(z, streams.model, steps)
     for i in range(f):
-        with clock('head'): x0 = midas.draw(z, streams.model, steps)
-        with clock('decode'): frame = decode_frame(midas.codec, rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), streams.decoder, check=False)
-        yield frame
+        frame = pool.submit(decode, x0) if pool else decode(x0)
+        if not pool: yield frame
         with clock('step'): z = midas.accept(x0, streams.model, level, i == f-1)
+        if i < f-1:
+            with clock('head'): x0 = midas.draw(z, streams.model, steps)
+        if pool: yield frame.result()
 
 # %% ../../nbs/inference/60_session.ipynb #98862e59
 @torch.no_grad()
@@ -121,7 +132,7 @@ def generate_offline(
         latents[:, t], noise[:, t] = rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), state.randn(n, c, dtype=x0.dtype)
     return midas.codec.decode(latents)[0].clamp(-1, 1)
 
-# %% ../../nbs/inference/60_session.ipynb #f0bfdf36
+# %% ../../nbs/inference/60_session.ipynb #70a017e9
 class Wishes:
     "What a viewer has asked for, as signals for the chunks to come."
     def __init__(self, midas:Midas, level:int):
@@ -130,7 +141,7 @@ class Wishes:
 
     def steer(self,
         text:str|None=None,        # what to show, in words; '' forgets it
-        pose=None,                 # velocities of skull and shoulders in picture heights per second, (t, 12, 2); None keeps the queue
+        pose=None,                 # velocities of skull and shoulders in picture heights per second, (t, 12, 2), NaN where unknown; None keeps the queue
         level:int|None=None,       # noise level
         expression:str|None=None,  # a key of `MOODS`, in place of text
     ):
@@ -152,12 +163,13 @@ class Wishes:
         f, out, dev = self.midas.layout.frames, {}, self.midas.sigmas.device
         rows = [self.poses.popleft() for _ in range(min(f, len(self.poses)))]
         if rows:
-            blank, known = torch.zeros_like(rows[0]), torch.arange(f) < len(rows)
-            out['pose'] = Motion(torch.stack(rows + [blank]*(f - len(rows)))[None].to(dev), known[None, :, None].expand(1, f, len(blank)).to(dev))
+            v = torch.stack(rows + [torch.full_like(rows[0], torch.nan)]*(f - len(rows)))[None].to(dev)
+            known = torch.isfinite(v).all(-1)
+            out['pose'] = Motion(torch.where(known[..., None], v, 0.), known)
         if self.wish and self.midas.text is not None: out['text'] = self.midas.text.ids([self.wish])[:, None]
         return out
 
-# %% ../../nbs/inference/60_session.ipynb #fc6b7dd1
+# %% ../../nbs/inference/60_session.ipynb #6be153e3
 class Session(Wishes):
     "One live stream: sound in, pictures out."
     def __init__(self,
@@ -168,9 +180,10 @@ class Session(Wishes):
         level:int=3,             # noise level at which frames are remembered: higher drifts less and is softer
         steps:int|None=None,     # denoising steps; None: as the configuration says
         clock=untimed,           # a `StageClock` to measure with
+        overlap:bool=False,      # decode in a second thread while the next frame is drawn: more frames a second where a core is free
     ):
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level)
-        self.seed, self.steps, self.clock = seed, steps, clock
+        self.seed, self.steps, self.clock, self.pool = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None
         self.show(portrait)
 
     def show(self, portrait):
@@ -196,7 +209,7 @@ class Session(Wishes):
         while self.current or len(self.buffer) >= n:
             if not self.current:
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
-                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock)
+                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
                 if limit is None or self.drawn < limit: self.drawn += 1; yield to_bytes(x[0])
             self.current = None

@@ -1,0 +1,103 @@
+"Live sessions: one answer for every cut of the sound, equal to the slow reference, alone, in turns, in a batch and with a second thread; wishes act at the next chunk."
+import dataclasses, threading
+import numpy as np, pytest, torch
+from midas_ref.codec.temporal import VideoDCAE
+from midas_ref.conditions.audio import WhisperVQ
+from midas_ref.config import preset
+from midas_ref.inference.session import Session, StageClock, draw_chunk, generate_offline, join_streams, open_streams, split_streams, to_bytes
+from midas_ref.model.midas import Midas
+
+N = 7680
+
+@pytest.fixture(scope='module')
+def midas():
+    torch.manual_seed(0)
+    tiny, widths = preset('tiny'), (16, 16, 32, 32, 64, 64, 128)
+    cfg = dataclasses.replace(tiny, video=dataclasses.replace(tiny.video, height=128, width=64), codec=dataclasses.replace(tiny.codec, encoder_widths=widths, decoder_widths=widths), window_frames=24,
+                              backbone=dataclasses.replace(tiny.backbone, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128), head=dataclasses.replace(tiny.head, width=64, layers=2, heads=4))
+    m = Midas(cfg, VideoDCAE(cfg.codec).eval(), WhisperVQ(cfg.audio).eval()).eval()
+    for p in (m.head.out.weight, m.tokens.carry.weight): torch.nn.init.normal_(p, std=.05)
+    for t in [*m.codec.decoder.time.modules()]:                                    # layers over time that do something
+        if hasattr(t, 'proj') and hasattr(t, 'attn'): torch.nn.init.normal_(t.proj.weight, std=.05); torch.nn.init.normal_(t.attn.out.weight, std=.05)
+    return m
+
+@pytest.fixture(scope='module')
+def sound(): return (.1*np.random.default_rng(0).standard_normal(12*N)).astype(np.float32)
+
+def face(i): return torch.rand(3, 128, 64, generator=torch.Generator().manual_seed(i))*2 - 1
+def play(s, x, cuts): return np.concatenate([s.push(p) for p in np.split(x, np.cumsum(cuts)[:-1])])
+def differ(a, b): return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+def test_twelve_chunks_equal_the_slow_reference(midas, sound):
+    "In single precision, with pictures as floats; the window holds four chunks."
+    s, got = Session(midas, face(0), seed=3), []
+    for k in range(12):
+        got += [x[0] for x in draw_chunk(midas, s.streams, torch.from_numpy(sound[k*N:(k+1)*N])[None], s.reference, {}, 3)]
+    slow = generate_offline(midas, face(0), torch.from_numpy(sound), level=3, seed=3)
+    assert slow.shape[0] == 72 and (torch.stack(got) - slow).abs().max() < 1e-4
+    assert slow.std() > .01 and (slow[1:] - slow[:-1]).abs().amax((1, 2, 3)).min() > 1e-3       # something happens
+
+@pytest.mark.parametrize('frames', [None, 1, 2, 3])
+def test_any_cut_of_the_sound_gives_the_same_bits(midas, sound, frames):
+    x = sound[:3*N]
+    whole = play(Session(midas, face(0), 5, frames), x, [len(x)])
+    assert whole.shape == (18, 128, 64, 3)
+    for cuts in ([1280]*18, [1, 5000, 9000, 9039], [7, 0, 7673, 15360]): assert (play(Session(midas, face(0), 5, frames), x, cuts) == whole).all()
+
+def test_a_second_thread_changes_nothing(midas, sound):
+    x = sound[:4*N]
+    plain, clock = play(Session(midas, face(0), 5), x, [len(x)]), StageClock()
+    s = Session(midas, face(0), 5, overlap=True, clock=clock)
+    assert (play(s, x, [5000, 2*N, 2*N - 5000]) == plain).all()
+    assert {k: len(v) for k, v in clock.spans.items()} == dict(audio=4, prefill=4, head=24, decode=24, step=24)
+    assert not torch.is_grad_enabled() or s.streams.decoder.slots and not any(t.requires_grad for t in s.streams.decoder.slots.values())
+    first = next(Session(midas, face(0), 5, overlap=True).stream(x[:N]))
+    assert (first == plain[0]).all()
+
+def test_an_error_in_the_second_thread_comes_to_the_caller(midas, sound, monkeypatch):
+    import midas_ref.inference.session as S
+    def fail(*a, **k): raise RuntimeError(f'no decoder in {threading.current_thread().name}')
+    monkeypatch.setattr(S, 'decode_frame', fail)
+    with pytest.raises(RuntimeError, match='no decoder in decoder'): Session(midas, face(0), overlap=True).push(sound[:N])
+
+def test_four_in_turns_and_four_in_a_batch_equal_four_alone(midas, sound):
+    parts = [np.roll(sound, 999*i)[:3*N] for i in range(4)]
+    alone = [Session(midas, face(i), seed=i).push(parts[i]) for i in range(4)]
+    turns = [Session(midas, face(i), seed=i, overlap=i % 2 == 1) for i in range(4)]
+    got = [np.concatenate(f) for f in zip(*[[s.push(p[k:k+N]) for s, p in zip(turns, parts)] for k in range(0, 3*N, N)])]
+    assert all((a == b).all() for a, b in zip(got, alone))
+    streams, refs = open_streams(midas, 4, [0, 1, 2, 3]), torch.cat([s.reference for s in turns])
+    frames = [x for k in range(0, 3*N, N) for x in draw_chunk(midas, streams, torch.from_numpy(np.stack([p[k:k+N] for p in parts])), refs, {}, 3)]
+    assert all(differ(np.stack([to_bytes(f[i]) for f in frames]), alone[i]) <= 1 for i in range(4))
+
+def test_sessions_join_and_part(midas, sound):
+    a, b = Session(midas, face(0), 1), Session(midas, face(1), 2)
+    want = [Session(midas, face(i), i + 1).push(sound[:3*N])[12:] for i in range(2)]
+    for s in (a, b): s.push(sound[:N])
+    both, chunk = join_streams([a.streams, b.streams]), torch.from_numpy(sound[N:2*N])[None].expand(2, -1)
+    list(draw_chunk(midas, both, chunk, torch.cat([a.reference, b.reference]), {}, 3))
+    for s, part in zip((a, b), split_streams(both)): s.streams = part
+    assert all(differ(s.push(sound[2*N:3*N]), w) <= 1 for s, w in zip((a, b), want))
+
+def test_wishes_act_at_the_next_chunk_and_not_before(midas, sound):
+    plain = Session(midas, face(0), 5).push(sound[:3*N])
+    for wish in (dict(text='laughing'), dict(expression='happy'), dict(level=15), dict(pose=torch.full((6, 12, 2), .5))):
+        s = Session(midas, face(0), 5)
+        it = s.stream(sound[:3*N]); got = [next(it) for _ in range(8)]           # in the middle of the second chunk
+        s.steer(**wish); got = np.stack(got + list(it))
+        assert (got[:12] == plain[:12]).all(), wish
+        later = got[13:] if 'level' in wish else got[12:]                         # a level shows in the frame after the one it noises
+        assert (later != plain[-len(later):]).any(), wish
+
+def test_a_new_portrait_starts_anew(midas, sound):
+    s = Session(midas, face(0), 5); s.steer(text='x'); s.push(sound[:2*N + 500]); s.steer(text='')
+    s.show(face(1))
+    assert (s.push(sound[:2*N]) == Session(midas, face(1), 5).push(sound[:2*N])).all()
+
+def test_memory_stays_and_far_positions_work(midas, sound):
+    s, sizes = Session(midas, face(0), 5), []
+    for k in range(9): s.push(sound[:N]); sizes.append(s.streams.nbytes)
+    assert len(set(sizes[1:])) == 1
+    far = Session(midas, face(0), 5)
+    with far.streams.model.model().call(torch.zeros(1, 1), far.streams.model): midas.backbone.seek(far.streams.model, 9*10**6)       # fifty days
+    assert differ(far.push(sound[:3*N]), Session(midas, face(0), 5).push(sound[:3*N])) <= 1
