@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'WEIGHTS_OPTION', 'PLACE', 'CHUNK', 'Command',
            'option', 'command', 'number', 'frame_size', 'Synthetic', 'data_make', 'data_pack', 'device_of',
-           'train_probe', 'train_codec', 'data_scenes', 'train_model', 'bench_reconstruction', 'bench_probe',
-           'bench_codec', 'animate_command', 'bench_stream', 'train_audio_command', 'bench_draw', 'bench_audio',
-           'data_show', 'main']
+           'train_probe', 'train_codec', 'data_scenes', 'train_model', 'source_of', 'train_many', 'train_export',
+           'data_encode', 'bench_train', 'bench_reconstruction', 'bench_probe', 'bench_codec', 'animate_command',
+           'bench_stream', 'train_audio_command', 'bench_draw', 'bench_audio', 'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -214,19 +214,29 @@ def data_scenes(a):
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 
-# %% ../nbs/90_cli.ipynb #b86f8dc8
-@command('train model', 'train backbone, head and projectors together (page 50)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu',
-    option('out', metavar='OUT', help='folder for checkpoint, log, strip of pictures and model'),
-    option('--data', metavar='SCENES', required=True, help='file that midas-ref data scenes wrote'),
+# %% ../nbs/90_cli.ipynb #9ee5d4ab
+@command('train model', 'train backbone, head and projectors together (page 50); under torchrun or deepspeed on many GPUs (page 51)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/paper --preset paper --data latents --dry-run --gpus 64\ntorchrun --no-python --nproc-per-node 8 midas-ref train model runs/paper --preset paper --data latents --backbone Qwen/Qwen2.5-3B --resume',
+    option('out', metavar='OUT', help='folder for checkpoints, log and model'),
+    option('--data', metavar='DATA', required=True, help='file that midas-ref data scenes wrote (one device, or a few under torchrun), folder that midas-ref data encode wrote, or synthetic (both under torchrun or deepspeed)'),
     option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes (default tiny)'), option('--start-from', metavar='FOLDER', help='model to go on from, with its sizes, instead of random weights'),
-    option('--minutes', type=number(float, .001), default=25., help='length of this piece (default 25)'),
-    option('--begin', type=number(float, 0, 1), default=0., help='progress of the run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
-    option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors, to the bit'),
-    option('--rows', type=number(int, 1, 4096), default=96, help='sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
-    option('--people', type=number(int, 1), default=160, help='people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0)'),
-    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
+    option('--minutes', type=number(float, .001), default=25., help='one device: length of this piece (default 25)'),
+    option('--begin', type=number(float, 0, 1), default=0., help='one device: progress of the run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
+    option('--resume', action='store_true', help='go on from the newest checkpoint in OUT, to the bit; many devices: or begin, if there is none'),
+    option('--rows', type=number(int, 1, 4096), default=96, help='one device: sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
+    option('--people', type=number(int, 1), default=160, help='one device: people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'),
+    option('--workers', type=number(int, 0, 64), default=0, help='one device: processes that bake ahead (default 0)'), option('--bake-on', default=None, help='and their device (default: that of the training)'),
+    option('--set', metavar='NAME=VALUE', action='append', default=[], help='many devices: a setting of TrainConfig (page 51), such as rows=4 or zero=3; may be repeated'),
+    option('--backbone', metavar='NAME', default='', help='many devices: published Qwen2 weights to start from, such as Qwen/Qwen2.5-3B (default: random)'),
+    option('--stop-after', type=number(int, 1), metavar='STEPS', help='many devices: end this piece early; the schedule stays'),
+    option('--dry-run', action='store_true', help='many devices: print plan, memory and tokens, and touch no GPU'), option('--gpus', type=number(int, 1, 1 << 16), default=None, help='how many the dry run shall assume (default: those of the launcher, or 1)'),
+    option('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS), DEVICE)
 def train_model(a):
     "One piece of a joint run."
+    from midas_ref.training import scale
+    scenes = Path(a.data).suffix == '.safetensors'                                # page 50, on one card or a few; anything else is for page 51
+    if a.dry_run or scale.launched() and not scenes: return train_many(a)
+    for name, given in (('--set', a.set), ('--backbone', a.backbone), ('--stop-after', a.stop_after), ('--gpus', a.gpus)):
+        if given: raise ValueError(f"{name} is for encoded data under torchrun or deepspeed; put for example this before the command: torchrun --no-python --nproc-per-node 1")
     from midas_ref.codec.train import join_ranks, rank
     from midas_ref.data import probes
     from midas_ref.data.clips import TEST_IDENTITIES
@@ -244,6 +254,80 @@ def train_model(a):
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
     T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan((a.rows, 6), (max(1, a.rows//3), 16)))
     print(f'{out}/midas: step {trainer.step}')
+
+# %% ../nbs/90_cli.ipynb #b4adefeb
+def source_of(a, cfg, tc):
+    "What `--data` names, for the runs of page 51."
+    from midas_ref.training.scale import Latents, Synthetic
+    return Synthetic(cfg, tc.chunks, tc.seed) if a.data == 'synthetic' else Latents(a.data, cfg, tc.chunks, tc.seed)
+
+def train_many(a):
+    "One process of many."
+    from midas_ref.training import scale as S
+    tc, first = S.with_settings(S.train_preset(a.preset), a.set), int(os.environ.get('RANK', 0)) == 0
+    cfg, make = S.start_model(a.preset, a.backbone, a.start_from, tc.seed, print if first else lambda _: None)
+    if a.dry_run:
+        if first: print('\n'.join(S.plan_lines(cfg, tc, a.gpus or int(os.environ.get('WORLD_SIZE', 1)))))
+        return
+    if a.gpus: raise ValueError("--gpus is for --dry-run; the launcher says how many processes there are.")
+    source = source_of(a, cfg, tc)
+    if first and getattr(source, 'note', {}).get('text', 'bytes') != 'bytes': print(f"TEXT IS A PLACEHOLDER: the preset {a.preset!r} reads {cfg.text.model}, whose features data encode does not store yet.")
+    fleet = S.Fleet(a.device or 'auto')
+    run = S.ScaleRun(cfg, tc, source, a.out, fleet, make, a.resume)
+    why = run.run(a.stop_after)
+    if why == 'end': fleet.once(lambda: S.export_run(a.out, Path(a.out)/'midas'))
+    run.say({'end': 'The run is complete.', 'pause': f'Paused after step {run.step}; the same command with --resume goes on.', 'signal': f'Stopped by SIGTERM after step {run.step}; the same command with --resume goes on.'}[why])
+    fleet.close()
+    return 143 if why == 'signal' else 0
+
+@command('train export', 'write the newest checkpoint of a run on many GPUs as a model (page 51)', 'midas-ref train export runs/paper models/paper\nmidas-ref train export runs/tiny models/tiny --codec data_samples/weights/codec',
+    option('run_folder', metavar='RUN', help='folder of the run'), option('out', metavar='OUT', help='folder for the model'),
+    option('--codec', metavar='NAME', default=None, help='folder or hub id of the codec that made the data (default: that of this checkout)'), option('--audio', metavar='NAME', default=None, help='and of the tokenizer'))
+def train_export(a):
+    "Safetensors that `Midas.from_pretrained` loads."
+    from midas_ref.training.scale import export_run
+    export_run(a.run_folder, a.out, a.codec, a.audio)
+
+# %% ../nbs/90_cli.ipynb #a3f5bf00
+@command('data encode', 'encode clips or scenes once, for training on many GPUs (page 51)', 'midas-ref data encode shards latents --chunks 8\nmidas-ref data encode scenes.safetensors latents --people 160 --device cuda\ntorchrun --no-python --nproc-per-node 8 midas-ref data encode shards latents --device cuda',
+    option('source', metavar='SOURCE', help='folder of shards, or file that midas-ref data scenes wrote'), option('out', metavar='OUT', help='folder for latents and tokens'),
+    option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes (default tiny)'), option('--codec', metavar='NAME', default=None, help='folder or hub id of the codec (default: that of this checkout)'), option('--audio', metavar='NAME', default=None, help='and of the tokenizer'),
+    option('--chunks', type=number(int, 1, 1000), default=8, help='length of a piece of a clip (default 8; scenes stay whole)'), option('--per-shard', type=number(int, 1, 1 << 20), default=64, help='clips of a shard (default 64)'),
+    option('--people', type=number(int, 1), default=160, help='scenes: people who play them (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'), DEVICE)
+def data_encode(a):
+    "Encode this process's share; the launcher says which it is."
+    from midas_ref.data import probes, shards
+    from midas_ref.training import scale as S, train as T
+    rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
+    device = device_of(a.device or 'auto')
+    if device == 'cuda' and world > 1: device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    scenes = T.Scenes.load(a.source) if Path(a.source).is_file() and a.source.endswith('.safetensors') else None
+    midas = S.encoders(a.preset, a.codec, a.audio)
+    midas.codec.to(device); midas.audio.to(device)
+    if scenes is None: note, make = S.clip_shards(shards.Shards(a.source), midas, a.chunks*midas.cfg.frames_per_chunk, a.per_shard)
+    else: note, make = S.scene_shards(scenes, probes.People(a.people, probes.mouth_pool(1), a.first, device, fast=device != 'cpu'), midas, a.per_shard)
+    S.encode_shards(a.out, note, midas.audio.codebook.weight, make, rank, world)
+    here = sum((Path(a.out)/n).is_file() for n in note['shards'])
+    print(f"{a.out}: {here} of {len(note['shards'])} shards, pieces of {note['frames']} frames")
+
+@command('bench train', 'tokens per second, utilisation and memory of training steps, with random weights (page 51)', 'midas-ref bench train --steps 3 --device cpu\nmidas-ref bench train --preset paper --device cuda --json\nmidas-ref bench train --preset paper --device cuda --engine plain --set compile=true --profile\ntorchrun --no-python --nproc-per-node 4 midas-ref bench train --preset paper',
+    option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes (default tiny)'), option('--set', metavar='NAME=VALUE', action='append', default=[], help='a setting of TrainConfig, such as rows=4; may be repeated'),
+    option('--engine', choices=('deepspeed', 'plain'), default='deepspeed', help='plain: one device without DeepSpeed (default deepspeed)'), option('--steps', type=number(int, 1), default=10, help='measured steps (default 10)'), option('--warm-up', type=number(int, 0), default=3, help='steps before them (default 3)'),
+    option('--peak', type=number(float, .001), metavar='TFLOPS', default=None, help='what the device could do (default: by its name)'), option('--profile', action='store_true', help='also list the kernels that take most of a step'),
+    option('--json', action='store_true', help='print JSON instead of a table'), option('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS), DEVICE)
+def bench_train(a):
+    "Print speed and memory."
+    from midas_ref.config import preset
+    from midas_ref.training import scale as S
+    tc = S.with_settings(S.train_preset(a.preset), a.set)
+    r = S.bench_train(preset(a.preset), tc, a.device or 'auto', a.steps, a.engine, (a.peak or 0)*1e12, a.warm_up, a.profile)
+    if int(os.environ.get('RANK', 0)): return
+    if a.json: print(json.dumps(r, indent=1)); return
+    for k, v in r.items():
+        if k == 'profile': print('\n'.join(f"{row['ms']:10.2f} ms {row['calls']:6} x {row['name']}" for row in v))
+        elif k == 'work': print('\n'.join(f'{name:26} {x:,.4g} TFLOP' for name, x in v.items()))
+        else: print(f'{k:26} {v:,.4g}' if isinstance(v, float) else f'{k:26} {v:,}' if isinstance(v, int) else f'{k:26} {v}')
+    print('Counted: 6 operations for each weight of a matrix and token (head: each of its passes), 12 for each layer, query number and visible key; work done again by recompute is not.')
 
 # %% ../nbs/90_cli.ipynb #84c8b45d
 @command('bench reconstruction', 'what the codec loses, on drawn people it has never seen (page 24)', 'midas-ref bench reconstruction\nmidas-ref bench reconstruction runs/3/codec --clips 8 --json',
