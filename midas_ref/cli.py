@@ -4,8 +4,9 @@
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'WEIGHTS_OPTION', 'PLACE', 'CHUNK', 'Command',
            'option', 'command', 'number', 'frame_size', 'Synthetic', 'data_make', 'data_pack', 'device_of',
            'train_probe', 'train_codec', 'data_scenes', 'train_model', 'source_of', 'train_many', 'train_export',
-           'data_encode', 'bench_train', 'bench_reconstruction', 'bench_probe', 'bench_codec', 'animate_command',
-           'bench_stream', 'train_audio_command', 'bench_draw', 'bench_audio', 'data_show', 'main']
+           'data_encode', 'bench_train', 'train_ablation', 'bench_reconstruction', 'bench_quality', 'bench_probe',
+           'bench_codec', 'animate_command', 'bench_stream', 'train_audio_command', 'bench_draw', 'bench_audio',
+           'data_show', 'main']
 
 # %% ../nbs/90_cli.ipynb #3ad34ddf
 import argparse, importlib, json, math, os, sys
@@ -329,6 +330,30 @@ def bench_train(a):
         else: print(f'{k:26} {v:,.4g}' if isinstance(v, float) else f'{k:26} {v:,}' if isinstance(v, int) else f'{k:26} {v}')
     print('Counted: 6 operations for each weight of a matrix and token (head: each of its passes), 12 for each layer, query number and visible key; work done again by recompute is not.')
 
+# %% ../nbs/90_cli.ipynb #d31bd3f6
+@command('train ablation', 'train the model without one of its ideas, and judge it (page 71)', 'midas-ref train ablation runs/ablations base no_noise --data scenes.safetensors --minutes 10 --device cuda --workers 12 --bake-on cpu',
+    option('out', metavar='OUT', help='folder for NAME.json and NAME/ of each run; what is there already is not done again'), option('names', metavar='NAME', nargs='+', help='base, no_noise, window_2, no_truncation or mlp_head'),
+    option('--data', metavar='SCENES', required=True, help='file that midas-ref data scenes wrote'), option('--minutes', type=number(float, .001), default=10., help='training of each (default 10)'),
+    option('--rows', type=number(int, 1, 4096), default=96, help='sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
+    option('--clips', type=number(int, 1), default=8, help='talking scenes of the exam (default 8)'), option('--seconds', type=number(float, 1.92, 600), default=9.6, help='length of each (default 9.6)'), option('--long', type=number(float, 0, 3600), default=57.6, metavar='SECONDS', help='length of the long run (default 57.6)'),
+    option('--people', type=number(int, 1), default=160, help='people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0)'),
+    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
+def train_ablation(a):
+    "Draw the scenes once; train and judge each name."
+    from midas_ref.data import probes
+    from midas_ref.evaluation import ablations as A
+    from midas_ref.training import train as T
+    if odd := [n for n in a.names if n not in A.ABLATIONS]: raise ValueError(f"The ablation is {odd[0]!r}; accepted: {', '.join(A.ABLATIONS)}.")
+    for name in ('seconds', 'long'):
+        if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
+    device, scenes, parts, out = device_of(a.device), T.Scenes.load(a.data), T.new_midas('tiny'), Path(a.out)
+    T.check_scenes(scenes, parts)
+    out.mkdir(parents=True, exist_ok=True)
+    todo, parts = [n for n in a.names if not (out/f'{n}.json').is_file()], parts.to(device)
+    if todo: pool = T.draw_pool(scenes, probes.People(a.people, probes.mouth_pool(1), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on), parts, say=print)
+    for n in todo: A.run_ablation(n, pool, parts, out, a.minutes, plan=T.Plan((a.rows, 6), (max(1, a.rows//3), 16)), clips=a.clips, seconds=a.seconds, long=a.long)
+    print(f"{out}: {', '.join(a.names)}")
+
 # %% ../nbs/90_cli.ipynb #84c8b45d
 @command('bench reconstruction', 'what the codec loses, on drawn people it has never seen (page 24)', 'midas-ref bench reconstruction\nmidas-ref bench reconstruction runs/3/codec --clips 8 --json',
     option('weights', metavar='FOLDER', nargs='?', default=None, help='a codec (default: the bundled one)'),
@@ -341,6 +366,38 @@ def bench_reconstruction(a):
     device = device_of(a.device)
     r = exam(load_video_dcae(a.weights or CODEC).to(device), load_probe('b').to(device), a.clips)
     print(json.dumps(r, indent=1) if a.json else '\n'.join(f'{k:18} {v:.4f}' if isinstance(v, float) else f'{k:18} {v}' for k, v in r.items()))
+
+# %% ../nbs/90_cli.ipynb #007a2ca0
+@command('bench quality', 'lip sync, control and stability of streamed generation, judged from its pixels, beside the truth and bad imitations (page 70)', 'midas-ref bench quality\nmidas-ref bench quality --clips 16 --long 240 --real GRID/s1 --device cuda --json\nmidas-ref bench quality tiny runs/no_noise/midas --sheet sheet.png',
+    option('models', metavar='MODEL', nargs='*', help="'tiny', folders or hub ids (default: the bundled model, if there is one)"),
+    option('--clips', type=number(int, 1), default=4, help='held-out talking scenes (default 4); 3 more for each 8 of them, or fewer, are in languages never heard'),
+    option('--seconds', type=number(float, 1.92, 600), default=4.8, help='length of each, whole chunks of 0.48 s (default 4.8)'), option('--long', type=number(float, 0, 3600), default=0., metavar='SECONDS', help='length of the long run (default 0: none)'),
+    option('--real', metavar='FOLDER', default=os.environ.get('MIDAS_REAL'), help='recordings of the GRID corpus (default: the variable MIDAS_REAL)'), option('--no-baselines', dest='baselines', action='store_false', help='only the truth, the codec and the models'),
+    option('--level', type=number(int, 0), default=3, help='noise level of the past (default 3)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
+    option('--sheet', metavar='PNG', help='write a contact sheet'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)
+def bench_quality(a):
+    "Let everybody play, and judge."
+    from midas_ref.codec.train import CODEC
+    from midas_ref.codec.temporal import load_video_dcae
+    from midas_ref.data.probes import WEIGHTS
+    from midas_ref.evaluation import quality as Q
+    from midas_ref.model.midas import Midas
+    for name in ('seconds', 'long'):
+        if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
+    if a.sheet and not a.sheet.lower().endswith('.png'): raise ValueError(f"--sheet is {a.sheet!r}; accepted: a name that ends in .png.")
+    names, device = a.models or (['tiny'] if (WEIGHTS/'midas').is_dir() else []), device_of(a.device)
+    if not names: print(f"midas-ref: no bundled model at {WEIGHTS/'midas'} yet; what follows are the truth, the codec and the baselines.", file=sys.stderr)
+    models = [Midas.from_pretrained(n).to(device) for n in names]
+    codec = models[0].codec if models else load_video_dcae(CODEC).to(device)
+    cast = [Q.BASELINES[0], Q.through_codec(codec), *(Q.by_session(m, n, level=a.level, steps=a.steps, frames=a.frames) for n, m in zip(names, models)), *(Q.BASELINES[1:] if a.baselines else ())]
+    keep = range(0, round(a.seconds*Q.FPS), max(1, round(a.seconds*Q.FPS/8))) if a.sheet else ()
+    say = (lambda line: print(line, file=sys.stderr, flush=True)) if a.progress else None
+    results, stills = Q.quality(cast, Q.exam_scripts(a.clips, a.seconds, real=a.real), None, device, a.long, keep=keep, say=say)
+    if a.sheet:
+        from PIL import Image
+        Image.fromarray(Q.contact_sheet(stills)).save(a.sheet)
+        print(f"{a.sheet}: {', '.join(stills)}, from top to bottom", file=sys.stderr)
+    print(Q.quality_json(results, clips=a.clips, seconds=a.seconds, long=a.long, real=bool(a.real), level=a.level, steps=a.steps, frames=a.frames, device=device) if a.json else Q.quality_table(results))
 
 # %% ../nbs/90_cli.ipynb #fe8fcfa4
 @command('bench probe', 'grade a probe on drawn people it has never seen (page 14)', 'midas-ref bench probe b --clips 32\nmidas-ref bench probe a --weights runs/probe/probe_a.safetensors --json',
