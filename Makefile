@@ -10,7 +10,7 @@ PORTRAIT ?= data_samples/portraits/mira.png
 AUDIO ?= data_samples/speech/en-us.flac
 OUT ?= out/demo.mp4
 
-.PHONY: help demo test test-slow lab export notebooks readme setup clean
+.PHONY: help demo app test test-slow lab export notebooks readme setup clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
@@ -35,6 +35,9 @@ test: $(READY)  ## every check: lint, every page top to bottom, pytest
 
 test-slow: $(READY)  ## the longer proofs of the pages as well
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing --flags slow
+
+app: $(READY)  ## the live demo in a browser (settings.ini says where, and which model)
+	$(BIN)/midas-ref app
 
 lab: $(READY)  ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb --notebook-dir=.

@@ -350,7 +350,7 @@ def from_dict(
     parts = {n: type(f.default_factory()) for n, f in known.items() if f.default_factory is not dataclasses.MISSING}
     return cls(**{k: from_dict(v, parts[k]) if k in parts else tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
-# %% ../nbs/00_config.ipynb #eed15f3a
+# %% ../nbs/00_config.ipynb #1dd6b1f2
 def _setting(default, accepted, ok):
     "A dataclass field with a default, a description of accepted values and a check."
     return field(default=default, metadata=dict(accepted=accepted, ok=ok))
@@ -379,6 +379,10 @@ class AppSettings(Section):
     "Section [app]: the live demo."
     host: str = _setting('127.0.0.1', "an address of this machine; 127.0.0.1 keeps visitors out", lambda v: bool(v.strip()))
     port: int = _setting(7860, "a port, 1 to 65535", lambda v: 1 <= v <= 65535)
+    sessions: int = _setting(2, "visitors who may be live at once, 1 to 64", lambda v: 1 <= v <= 64)
+    idle_seconds: int = _setting(120, "seconds without voice or steering before a session ends, 5 to 3600", lambda v: 5 <= v <= 3600)
+    total_seconds: int = _setting(600, "seconds of a session in all, 10 to 86400", lambda v: 10 <= v <= 86400)
+    upload_mb: int = _setting(8, "megabytes of an uploaded file, 1 to 200", lambda v: 1 <= v <= 200)
 
 @dataclass(frozen=True)
 class Settings:

@@ -1,0 +1,56 @@
+"""Start the app: model, settings, server."""
+import os
+from .live import Limits
+
+def limits_of(s)->Limits:
+    "The [app] section of the settings as limits."
+    return Limits(sessions=s.sessions, idle=float(s.idle_seconds), total=float(s.total_seconds), upload=s.upload_mb*1_000_000)
+
+def loader(settings, device, dtype):
+    "What the worker calls to get the model."
+    def load():
+        import torch
+        from midas_ref.model.midas import Midas
+        try: m = Midas.from_pretrained(settings.weights.model)
+        except FileNotFoundError as e:
+            if settings.weights.model != 'tiny': raise
+            raise FileNotFoundError("The bundled weights of the model are missing (data_samples/weights/midas). Train them with midas-ref train model, or name another folder with --model or in settings.ini.") from e
+        m.codec, m.audio                                     # both are needed; says so plainly if one is missing
+        if hasattr(m.codec, 'channels_last'): m.codec.channels_last()
+        return m.to(device, dtype) if device.type != 'cpu' or dtype != torch.float32 else m
+    return load
+
+def make(settings):
+    "The `App` and the web application for these settings."
+    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False'); os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    from midas_ref.config import pick_device
+    from .server import App, make_server
+    device, dtype = pick_device(settings.device)
+    app = App(loader(settings, device, dtype), limits_of(settings.app), device, loopback=settings.app.host in ('127.0.0.1', 'localhost', '::1'))
+    return app, make_server(app)
+
+def serve(settings, say=print):
+    "Until Ctrl-C."
+    import uvicorn
+    app, api = make(settings)
+    host, port = settings.app.host, settings.app.port
+    where = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            if not self.should_exit: say(f"MIDAS live: {where}  (Ctrl-C ends it){'' if host != '0.0.0.0' else '; open to the network'}")
+    tell(app.hub, say)
+    Server(uvicorn.Config(api, host=host, port=port, log_level='warning', ws_max_size=1_000_000, ws_ping_interval=5, ws_ping_timeout=8, timeout_keep_alive=10, timeout_graceful_shutdown=3, limit_concurrency=400)).run()
+
+def tell(hub, say):
+    "Print what the model is doing until it is ready."
+    import threading, time
+    def watch():
+        last = None
+        while not hub.stopping:
+            if (now := (hub.state, hub.note)) != last: say(f'  {hub.note}'); last = now
+            if hub.state in ('ready', 'missing'):
+                if hub.state == 'missing': say("  Still works: choosing, making and uploading portraits, typed text to speech. A face moves once the model is there ([weights] model in settings.ini).")
+                return
+            time.sleep(.1)
+    threading.Thread(target=watch, daemon=True).start()
