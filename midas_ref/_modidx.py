@@ -168,6 +168,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'midas_ref/codec/temporal.py'),
                                           'midas_ref.codec.temporal.VideoDCAE': ( 'codec/temporal.html#videodcae',
                                                                                   'midas_ref/codec/temporal.py'),
+                                          'midas_ref.codec.temporal.VideoDCAE.__init__': ( 'codec/temporal.html#videodcae.__init__',
+                                                                                           'midas_ref/codec/temporal.py'),
                                           'midas_ref.codec.temporal.VideoDCAE.checkpointing': ( 'codec/temporal.html#videodcae.checkpointing',
                                                                                                 'midas_ref/codec/temporal.py'),
                                           'midas_ref.codec.temporal.VideoDCAE.complete': ( 'codec/temporal.html#videodcae.complete',

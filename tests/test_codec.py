@@ -459,3 +459,9 @@ def test_recorded_steps_are_the_same_steps(clips):
         trainer = (ClipTrainer if clips else SpatialTrainer)((video if clips else image)(LIGHT).cuda().channels_last().train(), new_probe('a'), lr=1e-3, fast=fast)
         losses.append([trainer.update(x, masks, .9)['loss'].item() for _ in range(4)])
     assert losses[0][3] < losses[0][0] and max(abs(a/b - 1) for a, b in zip(*losses)) < .03, losses
+
+def test_a_new_video_codec_is_causal_without_being_told():
+    "Batch normalisation in training mode would mix frames."
+    codec, x = VideoDCAE(replace(LIGHT, decoder_norm='batch')), clip(1, 4)
+    y = x.clone(); y[:, 3] = 0
+    assert torch.equal(codec(x)[:, :3], codec(y)[:, :3])

@@ -126,10 +126,13 @@ class VideoDecoder(Decoder, Streaming):
                 x = self.time.stage(i, self.stages[i], x, state)
             return per_frame(lambda x: self.out(F.relu(self.norm(x))), x)
 
-# %% ../../nbs/codec/22_temporal.ipynb #e29a6038
+# %% ../../nbs/codec/22_temporal.ipynb #d37371e4
 class VideoDCAE(DCAE):
     "The 64x autoencoder for video: causal, streaming, equal to `DCAE` on each frame until its layers over time are trained."
     parts = VideoEncoder, VideoDecoder
+    def __init__(self, cfg:CodecConfig=CodecConfig(), shortcuts:bool=True):
+        super().__init__(cfg, shortcuts)
+        self.train()                       # batch statistics over frames would let a frame see the future: frozen from the start
 
     def init_encode_state(self, batch:int=1)->StreamState: return self.encoder.init_state(batch)
     def init_decode_state(self, batch:int=1)->StreamState: return self.decoder.init_state(batch)

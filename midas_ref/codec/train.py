@@ -413,7 +413,7 @@ def strip(
     y = codec(x)
     return [x.flatten(0, -4), y.flatten(0, -4)]
 
-# %% ../../nbs/codec/24_train.ipynb #4d9cfa49
+# %% ../../nbs/codec/24_train.ipynb #5e26a740
 class ClipTrainer(SpatialTrainer):
     "Stages 2 and 3: short clips."
     def __init__(self,
@@ -424,7 +424,7 @@ class ClipTrainer(SpatialTrainer):
         **kw,                    # more arguments of `SpatialTrainer`
     ):
         for name, p in model.named_parameters(): p.requires_grad_('.time.' in name or not only_time)
-        super().__init__(model.train(), probe, lr, late=2. if only_time else 0., **kw)      # batch normalisation stays as stage 1 left it
+        super().__init__(model, probe, lr, late=2. if only_time else 0., **kw)
 
     def update(self,
         x:Tensor,        # clips in [-1, 1], (b, t, 3, 256, 256)
