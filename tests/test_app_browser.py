@@ -85,8 +85,8 @@ def test_audio_file_without_a_microphone(site, page):
 
 def test_typed_text(page):
     pytest.importorskip('espeakng_loader')
-    page.select_option('#m-lang', 'fr'); page.fill('#m-text', 'Bonjour, je suis un dessin.'); page.click('#m-say'); shown(page, 15, 40)
-    page.wait_for_function('window.midas.stats().figures.talking', timeout=10_000); stop(page)
+    page.select_option('#m-lang', 'fr'); page.fill('#m-text', 'Bonjour, je suis un dessin. '*4); page.click('#m-say')     # long enough to be seen talking on a slow machine
+    page.wait_for_function('window.midas.stats().figures.talking', timeout=40_000); shown(page, 15, 40); stop(page)
 
 def test_make_a_person_and_bring_a_picture(page):
     page.click('summary >> nth=0'); page.click('#m-random'); page.wait_for_selector('label:has-text("Your person")', timeout=30_000)
