@@ -175,7 +175,7 @@ class Live:
 
     def _open(self, frames):
         from midas_ref.inference.session import Session, StageClock
-        self.stage = StageClock(self.hub.device)
+        self.stage = StageClock(self.hub.device, keep=120)
         self.frames, self.session = frames, Session(self.hub.midas, self.portrait, seed=secrets.randbelow(2**31), frames=frames, level=self.level, clock=self.stage)
         self.size, self.step = self.session.midas.cfg.chunk_samples, self.session.midas.cfg.chunk_samples//frames
 
@@ -269,8 +269,7 @@ class Live:
         "What the live panel shows."
         first = sorted(w[2] for w in list(self.waits) if w[0] == 0); s, now = list(self.stamps), time.monotonic()
         recent = [t for t in s if t > now - 3]
-        stages = {k: round(1000*float(np.median(v[-60:])), 1) for k, v in list(self.stage.seconds.items()) if v}
-        for v in self.stage.seconds.values(): del v[:-120]
+        stages = {k: round(1000*float(np.median(v[-60:])), 1) for k, v in self.stage.seconds.items() if v}
         return dict(latency_ms=round(1000*first[len(first)//2]) if first else None, fps=round(len(recent)/3, 1), stages_ms=stages, frames=self.count['frames'], skipped=self.count['skipped'],
                     talking=self.talking, seconds=round(now - self.born, 1), left=round(max(0., self.hub.limits.total - (now - self.born))), playing=bool(self.playing))
 

@@ -6,27 +6,16 @@ def limits_of(s)->Limits:
     "The [app] section of the settings as limits."
     return Limits(sessions=s.sessions, idle=float(s.idle_seconds), total=float(s.total_seconds), upload=s.upload_mb*1_000_000)
 
-def loader(settings, device, dtype):
-    "What the worker calls to get the model."
-    def load():
-        import torch
-        from midas_ref.model.midas import Midas
-        try: m = Midas.from_pretrained(settings.weights.model)
-        except FileNotFoundError as e:
-            if settings.weights.model != 'tiny': raise
-            raise FileNotFoundError("The bundled weights of the model are missing (data_samples/weights/midas). Train them with midas-ref train model, or name another folder with --model or in settings.ini.") from e
-        m.codec, m.audio                                     # both are needed; says so plainly if one is missing
-        if hasattr(m.codec, 'channels_last'): m.codec.channels_last()
-        return m.to(device, dtype) if device.type != 'cpu' or dtype != torch.float32 else m
-    return load
-
 def make(settings):
     "The `App` and the web application for these settings."
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False'); os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     from midas_ref.config import pick_device
     from .server import App, make_server
-    device, dtype = pick_device(settings.device)
-    app = App(loader(settings, device, dtype), limits_of(settings.app), device, loopback=settings.app.host in ('127.0.0.1', 'localhost', '::1'))
+    device = pick_device(settings.device)[0]
+    def load():
+        from midas_ref.inference.animate import load_model              # heavy: the worker imports it, after the page is up
+        return load_model(settings.weights.model, settings.device.name, settings.device.dtype)
+    app = App(load, limits_of(settings.app), device, loopback=settings.app.host in ('127.0.0.1', 'localhost', '::1'))
     return app, make_server(app)
 
 def serve(settings, say=print):

@@ -101,3 +101,12 @@ def test_memory_stays_and_far_positions_work(midas, sound):
     far = Session(midas, face(0), 5)
     with far.streams.model.model().call(torch.zeros(1, 1), far.streams.model): midas.backbone.seek(far.streams.model, 9*10**6)       # fifty days
     assert differ(far.push(sound[:3*N]), Session(midas, face(0), 5).push(sound[:3*N])) <= 1
+
+def test_a_clock_that_forgets():
+    "A session without end must not remember every stage it has ever timed."
+    from midas_ref.inference.session import StageClock
+    for keep, left in ((None, 5), (2, 2)):
+        clock = StageClock(keep=keep)
+        for _ in range(5):
+            with clock('head'): pass
+        assert len(clock.spans['head']) == len(clock.seconds['head']) == left and clock.table()['head'].n == left

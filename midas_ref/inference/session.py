@@ -4,11 +4,12 @@
 __all__ = ['Streams', 'open_streams', 'join_streams', 'split_streams', 'StageClock', 'untimed', 'draw_chunk', 'generate_offline',
            'Wishes', 'Session', 'to_bytes', 'picture']
 
-# %% ../../nbs/inference/60_session.ipynb #77819162
+# %% ../../nbs/inference/60_session.ipynb #55c9dc10
 import time
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -55,14 +56,17 @@ def split_streams(
     "A batch as single sessions."
     return [Streams(*row) for row in zip(*(unstack(getattr(streams, k)) for k in ('audio', 'model', 'decoder')))]
 
-# %% ../../nbs/inference/60_session.ipynb #357c89bd
+# %% ../../nbs/inference/60_session.ipynb #727595b3
 class StageClock:
     "When the stages of generation began and ended."
-    def __init__(self, device='cpu'):
-        self.spans, self.cuda = defaultdict(list), torch.device(device).type == 'cuda'       # stage -> [(begin, end)] in seconds of `time.perf_counter`
+    def __init__(self,
+        device='cpu',          # where the work is done; a GPU is waited for
+        keep:int|None=None,    # remember so many of each stage only; None: all
+    ):
+        self.spans, self.cuda = defaultdict(partial(deque, maxlen=keep) if keep else list), torch.device(device).type == 'cuda'       # stage -> [(begin, end)] in seconds of `time.perf_counter`
 
     @property
-    def seconds(self): return {k: [b - a for a, b in v] for k, v in self.spans.items()}      # stage -> durations
+    def seconds(self): return {k: [b - a for a, b in list(v)] for k, v in list(self.spans.items())}      # stage -> durations; other threads may ask
 
     @contextmanager
     def __call__(self, stage:str):
