@@ -337,8 +337,10 @@ class Hub:
                 if ticket not in self.queue: raise Refused('This place was given up.')
                 if len(self.lives) >= self.limits.sessions: raise Refused('All places are taken.')
             live = Live(self, portrait, frames, emit, record, mic)
-            with self.cond: self.lives[live.id] = live; self.queue.remove(ticket)
-            self.count['opened'] += 1
+            with self.cond:
+                stays = ticket in self.queue                 # the visitor may have left while the portrait was read
+                if stays: self.lives[live.id] = live; self.queue.remove(ticket); self.count['opened'] += 1
+            if not stays: live.closed, live.emit = True, lambda kind, **v: None; self._bury(live); raise Refused('This place was given up.')
             return live
         return self.call(work)
 

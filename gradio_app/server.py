@@ -172,9 +172,9 @@ class Visit:
         try: await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.over = True
-            if self.starting: self.starting.cancel()
             for t in tasks: t.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self.starting: self.starting.cancel()             # after the reader, which may have begun one in its last moment
             if self.ticket: self.app.hub.leave(self.ticket)
             if self.live: self.live.close('gone')
             if self.rtc: await self.rtc.close()

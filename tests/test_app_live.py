@@ -184,6 +184,17 @@ def test_everything_is_freed(make):
     assert not [r for pair in gone for r in pair if r()] and hub.status()['held_mb'] == 0
     assert hub.status()['counters']['opened'] == hub.status()['counters']['closed'] == 10
 
+def test_a_visitor_who_leaves_while_the_session_is_made(make, monkeypatch):
+    import gradio_app.live as live
+    hub, log = make(sessions=1), Log(); ticket = hub.enqueue()
+    class Leaving(live.Live):
+        def __init__(self, *a, **kw): super().__init__(*a, **kw); hub.leave(ticket)
+    monkeypatch.setattr(live, 'Live', Leaving)
+    with pytest.raises(Refused, match='given up'): hub.open(ticket, FACE, emit=log).result(20)
+    monkeypatch.undo()
+    s = hub.status(); assert s['live'] == s['waiting'] == s['held_mb'] == 0 and not log and not list(hub.folder.iterdir())
+    visit(hub).close()                                                                     # the place is free
+
 def test_two_visitors_do_not_touch_each_other(make):
     hub, a, b = make(), Log(), Log(); one, two = visit(hub, a), visit(hub, b)
     class Broken:
