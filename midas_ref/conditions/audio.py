@@ -641,7 +641,7 @@ def speech_set(
         parts.append((np.round(np.clip(line.samples, -1, 1)*32767).astype(np.int16), v.astype(np.uint8), p.astype(np.uint8), m.astype(np.float16), np.full(n, names.index(said.lang), np.uint8)))
     return SpeechSet(*(torch.from_numpy(np.concatenate(c)) for c in zip(*parts)))
 
-# %% ../../nbs/conditions/30_audio.ipynb #f9d76100
+# %% ../../nbs/conditions/30_audio.ipynb #f33b02d7
 @torch.enable_grad()
 def train_audio(
     model:WhisperVQ,          # the tokenizer, trained in place
@@ -656,13 +656,14 @@ def train_audio(
     every:int=50,             # updates between two notes in the history
     seed:int=0,               # of everything random
     progress:bool=False,      # print the notes
+    going_on:bool=False,      # the model is trained already: its codebook is kept, and in from the first step
 )->list:                      # notes: step, seconds, loss, viseme accuracy and entries in use
     "Teach the tokenizer mouths; ends in eval mode."
     if not steps and not minutes: raise ValueError("train_audio needs an end: give steps or minutes.")
     torch.manual_seed(seed)
     tokens, params = min(round(seconds*12.5), len(data)), [p for m in (model, heads) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
-    start, step, notes, seeded, warm = time.monotonic(), 0, [], False, min(100, (steps or 1000)//10 + 1)
+    start, step, notes, seeded, warm = time.monotonic(), 0, [], going_on, min(100, (steps or 1000)//10 + 1)
     model.train(); heads.train()
     while (done := max(step/steps if steps else 0, (time.monotonic() - start)/60/minutes if minutes else 0)) < 1:
         for g in opt.param_groups: g['lr'] = lr*min(1, (step + 1)/warm)*(.02 + .98*(1 + math.cos(math.pi*done))/2)
@@ -670,7 +671,7 @@ def train_audio(
         h = model.features(F.pad(x, (0, -x.shape[1] % model.gather.size)))[:, :tokens]
         out = heads(h)
         loss = audio_loss(out, truth)
-        if done >= soft:
+        if seeded or done >= soft:
             if not seeded:
                 with torch.no_grad(): more = [model.features(F.pad(y, (0, -y.shape[1] % model.gather.size)))[:, :tokens] for y, _ in (data.batch(batch, tokens) for _ in range(8))]
                 seed_codes(model, torch.cat(more).flatten(0, 1)); seeded = True
@@ -893,7 +894,7 @@ def grid_table(
     wide = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     return '\n'.join('  '.join(f'{x:{w}}' for x, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../../nbs/conditions/30_audio.ipynb #e6694d2e
+# %% ../../nbs/conditions/30_audio.ipynb #6b9b8193
 def train_audio_files(
     out:str|Path,            # where to write, a name that ends in .safetensors; the report lies beside it as .json
     hours:float=20.,         # speech to synthesise for training
@@ -907,12 +908,14 @@ def train_audio_files(
     flite:float=.15,         # share of utterances by flite, whose voices come from real speakers (page 11)
     seed:int=0,              # of everything random
     progress:bool=True,      # print what happens
+    start_from:str|Path|None=None,   # a file of an earlier run to go on from, instead of random weights
 )->dict:                     # the report
     "Make speech, train the `tiny` tokenizer, judge it, write weights and report."
     out = Path(out)
     if out.suffix != '.safetensors': raise ValueError(f"out is {str(out)!r}; accepted: a name that ends in .safetensors.")
     if not hours > 0 or not minutes > 0: raise ValueError(f"hours and minutes are {hours} and {minutes}; both must be above 0.")
     if not 0 <= flite <= 1: raise ValueError(f"flite is {flite}; accepted: a share from 0 to 1.")
+    before = trained_audio(start_from) if start_from else None
     out.parent.mkdir(parents=True, exist_ok=True)
     say = print if progress else lambda *a, **k: None
     if str(device).startswith('cuda'): torch.set_float32_matmul_precision('high')
@@ -922,9 +925,9 @@ def train_audio_files(
     data, real = speech_set(todo, workers, seed), sum(j.engine == 'flite' for j in todo)/len(todo)
     say(f'{data} for training, {real:.0%} of it by flite' + (' (which is not installed)' if flite and not real else '') + f', made in {time.monotonic() - start:.0f} s', flush=True)
     torch.manual_seed(seed)
-    model, data = WhisperVQ(preset('tiny').audio).to(device), data.to(device)
-    heads = AudioHeads(model.cfg.width).to(device)
-    notes = train_audio(model, heads, data, minutes=minutes, batch=batch, seconds=seconds, lr=lr, every=200, seed=seed, progress=progress)
+    model, heads = before or (WhisperVQ(preset('tiny').audio), AudioHeads(preset('tiny').audio.width))
+    model, heads, data = model.to(device), heads.to(device), data.to(device)
+    notes = train_audio(model, heads, data, minutes=minutes, batch=batch, seconds=seconds, lr=lr, every=200, seed=seed, progress=progress, going_on=before is not None)
     save_audio(out, model, heads)
     model, w = load_audio_weights(out)                   # judged is what is shipped, in half precision
     model, heads = model.to(device), heads.float(); heads.load_state_dict(w)
@@ -933,6 +936,8 @@ def train_audio_files(
         x, truth = d.piece(torch.zeros(1, dtype=torch.int64, device=d.lang.device), min(len(d), 7500))
         opening = torch.cat([heads(c.vectors)[2][0, :, MOUTH.index('open')] for s in [model.init_state()] for c in (model(p, s) for p in x.split(1280*100, 1))]).detach().cpu().numpy()
         report[split]['closures'] = {k: closures(opening, runs(truth[0][0].cpu(), {VISEMES.index(v)}), slack=d) for k, v, d in (('/p b m/', 'PP', .03), ('open vowels', 'aa', -.03))}
+    earlier = Path(start_from).with_suffix('.json') if start_from else None
+    if earlier and earlier.is_file(): report['before'] = {k: v for k, v in json.loads(earlier.read_text()).items() if k != 'training'}
     out.with_suffix('.json').write_text(json.dumps(report, indent=1))
     for split in judges: say(split, {k: round(v, 3) for k, v in report[split]['all'].items()}, report[split]['closures'])
     return report
