@@ -483,8 +483,8 @@ def bench_stream(a):
     r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, a.overlap, a.level, a.warmup, a.progress)
     print(json.dumps(dict(weights=where if trained else 'random', **r), indent=1))
 
-# %% ../nbs/90_cli.ipynb #a752e020
-@command('train audio', 'teach the audio tokenizer mouths, on synthesised speech', 'midas-ref train audio weights/audio.safetensors --hours 20 --minutes 7\nmidas-ref train audio /tmp/try.safetensors --hours 0.2 --minutes 1 --device cpu',
+# %% ../nbs/90_cli.ipynb #a72fe088
+@command('train audio', 'teach the audio tokenizer mouths, on synthesised speech', 'midas-ref train audio weights/audio.safetensors --hours 20 --minutes 7\nmidas-ref train audio /tmp/try.safetensors --hours 0.2 --minutes 1 --device cpu\ntorchrun --no-python --nproc-per-node 8 midas-ref train audio weights/audio.safetensors --hours 200 --minutes 20 --device cuda',
     option('out', metavar='OUT', help='file for the weights (.safetensors); a report lies beside it as .json'),
     option('--hours', type=number(float, .005, 1000), default=20., help='speech to synthesise (default 20)'),
     option('--minutes', type=number(float, .01), default=7., help='length of the training, without the synthesis (default 7)'),
@@ -494,13 +494,12 @@ def bench_stream(a):
     option('--flite', type=number(float, 0, 1), default=.15, metavar='SHARE', help='share of utterances by flite, where it is installed (default 0.15)'),
     option('--start-from', metavar='FILE', help='weights of an earlier run to go on from (say, with other speech or a lower --lr)'),
     option('--seed', type=number(int, 0), default=0, help='of everything random (default 0)'),
-    option('--device', default='', help='such as cuda or cpu (default: that of settings.ini)'),
-    option('--workers', type=number(int, 0, 256), default=None, metavar='N', help='processes that synthesise (default: one per core)'))
+    DEVICE, option('--workers', type=number(int, 0, 256), default=None, metavar='N', help='processes that synthesise (default: one per core)'))
 def train_audio_command(a):
     "Train, judge, write."
+    from midas_ref.codec.train import join_ranks
     from midas_ref.conditions.audio import train_audio_files
-    from midas_ref.config import pick_device
-    train_audio_files(a.out, a.hours, a.minutes, a.workers, a.device or str(pick_device()[0]), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress, start_from=a.start_from)
+    train_audio_files(a.out, a.hours, a.minutes, a.workers, join_ranks(device_of(a.device)), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress, start_from=a.start_from)
 
 # %% ../nbs/90_cli.ipynb #730433d1
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',

@@ -1,5 +1,5 @@
 "What the pages on conditions do not teach: real recordings, every format, an hour of sound, broken files, batches of streams of different age"
-import dataclasses, importlib.util, json, math, os, resource, shutil, warnings
+import dataclasses, importlib.util, json, math, os, resource, shutil, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
@@ -341,6 +341,34 @@ def test_training_learns_and_nothing_held_out_is_heard():
     soft = [n['loss'] for n in notes if not n['codes']]
     assert np.mean(soft[-5:]) < .85*np.mean(soft[:5]) and notes[-1]['codes'] > 0 and not m.training
     with pytest.raises(ValueError, match='give steps or minutes'): A.train_audio(m, h, data)
+    book = m.codebook.weight.clone()
+    with torch.enable_grad(): more = A.train_audio(m, h, data, steps=3, batch=3, seconds=1.6, lr=1e-6, every=1, going_on=True)
+    assert more[0]['codes'] > 0 and (m.codebook.weight - book).norm() < .2*book.norm()                # not placed anew
+
+RANKS = '''
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from midas_ref.codec.train import join_ranks, rank
+from midas_ref.conditions import audio as A
+from midas_ref.config import preset
+torch.set_num_threads(1); join_ranks()
+g, n = torch.Generator().manual_seed(rank()), 120
+data = A.SpeechSet((torch.randn(n*1280, generator=g)*3000).short(), *(torch.randint(k, (2*n,), generator=g).byte() for k in (15, 100)), torch.rand(2*n, 9, generator=g).half(), torch.zeros(n).byte())
+torch.manual_seed(7 + rank())                                             # weights differ until they are made equal
+m, h = A.WhisperVQ(preset('tiny').audio), A.AudioHeads(128)
+A.Codebook.every = 2                                                      # dead codes start again within this run
+notes = A.train_audio(m, h, data, steps=6, batch=2, seconds=1.6, soft=.3, every=1)
+torch.save(dict(loss=[x['loss'] for x in notes], model=m.state_dict(), heads=h.state_dict()), f'{sys.argv[2]}/rank{rank()}.pt')
+'''
+
+def test_processes_train_one_tokenizer(tmp_path):
+    (tmp_path/'ranks.py').write_text(RANKS)
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', str(tmp_path/'ranks.py'), str(ROOT), str(tmp_path)],
+                         capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert run.returncode == 0, run.stderr[-6000:]
+    a, b = (torch.load(tmp_path/f'rank{k}.pt', weights_only=True) for k in (0, 1))
+    assert a['loss'] != b['loss']                                         # sounds of their own
+    for part in ('model', 'heads'): assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
 
 def test_report_of_the_bundled_weights():
     report = json.loads(WEIGHTS.with_suffix('.json').read_text())

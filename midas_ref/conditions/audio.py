@@ -8,8 +8,8 @@ __all__ = ['GRID', 'to_rate', 'check_audio', 'load_audio', 'mel_filters', 'Gathe
            'follow', 'unlike', 'align', 'grid_text', 'lip_score', 'pool_scores', 'grid_scores', 'grid_table',
            'train_audio_files']
 
-# %% ../../nbs/conditions/30_audio.ipynb #e870004f
-import dataclasses, importlib.util, json, math, time
+# %% ../../nbs/conditions/30_audio.ipynb #585cee8a
+import dataclasses, importlib.util, json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from einops import rearrange, reduce
 from ..config import AudioConfig, preset
 from ..streaming import Streaming, StreamState, rope
 from ..data.clips import side
+from ..codec.train import agree, mean_over_ranks, rank, same_everywhere
 from ..data.speech import HELD_OUT_LANGUAGES, LANGUAGES, MOUTH, PHONES, TRAIN_LANGUAGES, VISEMES, jobs, Speech, join, mouth_track, phoneme_at, segments, synth, synth_many, viseme, voices
 
 # %% ../../nbs/conditions/30_audio.ipynb #9a2dab95
@@ -641,7 +642,7 @@ def speech_set(
         parts.append((np.round(np.clip(line.samples, -1, 1)*32767).astype(np.int16), v.astype(np.uint8), p.astype(np.uint8), m.astype(np.float16), np.full(n, names.index(said.lang), np.uint8)))
     return SpeechSet(*(torch.from_numpy(np.concatenate(c)) for c in zip(*parts)))
 
-# %% ../../nbs/conditions/30_audio.ipynb #f33b02d7
+# %% ../../nbs/conditions/30_audio.ipynb #a8a07a82
 @torch.enable_grad()
 def train_audio(
     model:WhisperVQ,          # the tokenizer, trained in place
@@ -662,10 +663,11 @@ def train_audio(
     if not steps and not minutes: raise ValueError("train_audio needs an end: give steps or minutes.")
     torch.manual_seed(seed)
     tokens, params = min(round(seconds*12.5), len(data)), [p for m in (model, heads) for p in m.parameters() if p.requires_grad]
+    same_everywhere(params); torch.manual_seed(seed + rank())                     # many processes: equal weights, batches of their own
     opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
     start, step, notes, seeded, warm = time.monotonic(), 0, [], going_on, min(100, (steps or 1000)//10 + 1)
     model.train(); heads.train()
-    while (done := max(step/steps if steps else 0, (time.monotonic() - start)/60/minutes if minutes else 0)) < 1:
+    while (done := agree(max(step/steps if steps else 0, (time.monotonic() - start)/60/minutes if minutes else 0))) < 1:
         for g in opt.param_groups: g['lr'] = lr*min(1, (step + 1)/warm)*(.02 + .98*(1 + math.cos(math.pi*done))/2)
         x, truth = data.batch(batch, tokens)
         h = model.features(F.pad(x, (0, -x.shape[1] % model.gather.size)))[:, :tokens]
@@ -675,16 +677,17 @@ def train_audio(
             if not seeded:
                 with torch.no_grad(): more = [model.features(F.pad(y, (0, -y.shape[1] % model.gather.size)))[:, :tokens] for y, _ in (data.batch(batch, tokens) for _ in range(8))]
                 seed_codes(model, torch.cat(more).flatten(0, 1)); seeded = True
+                same_everywhere([model.codebook.weight, model.ema_weight])
             ids, v, commit = model.quantise(h)
             out = heads(v)
             loss = .5*loss + audio_loss(out, truth) + commit
-        opt.zero_grad(set_to_none=True); loss.backward()
+        opt.zero_grad(set_to_none=True); loss.backward(); mean_over_ranks(params)
         torch.nn.utils.clip_grad_norm_(params, 1.)
         opt.step(); step += 1
         if step % every == 0 or step == 1:
             notes.append(dict(step=step, seconds=time.monotonic() - start, loss=loss.item(), viseme=(out[0].argmax(-1) == truth[0]).float().mean().item(),
                               codes=int((model.ema_count > .1).sum()) if seeded else 0))
-            if progress: print('  '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in notes[-1].items()), flush=True)
+            if progress and not rank(): print('  '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in notes[-1].items()), flush=True)
     model.eval(); heads.eval()
     return notes
 
@@ -894,14 +897,14 @@ def grid_table(
     wide = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     return '\n'.join('  '.join(f'{x:{w}}' for x, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../../nbs/conditions/30_audio.ipynb #6b9b8193
+# %% ../../nbs/conditions/30_audio.ipynb #4480b473
 def train_audio_files(
     out:str|Path,            # where to write, a name that ends in .safetensors; the report lies beside it as .json
-    hours:float=20.,         # speech to synthesise for training
+    hours:float=20.,         # speech to synthesise for training, by all processes together
     minutes:float=7.,        # of training
     workers:int|None=None,   # processes that synthesise, None one per core
     device:str='cpu',        # where to train
-    batch:int=64,            # pieces of a batch
+    batch:int=64,            # pieces of a batch, in each process
     seconds:float=8.,        # length of a piece
     lr:float=2e-3,           # highest learning rate
     judge:int=400,           # utterances of each of the two judging sets
@@ -909,25 +912,27 @@ def train_audio_files(
     seed:int=0,              # of everything random
     progress:bool=True,      # print what happens
     start_from:str|Path|None=None,   # a file of an earlier run to go on from, instead of random weights
-)->dict:                     # the report
-    "Make speech, train the `tiny` tokenizer, judge it, write weights and report."
+)->dict:                     # the report; {} in all processes but the first
+    "Make speech, train the `tiny` tokenizer, judge it, write weights and report; under torchrun every process makes speech of its own."
     out = Path(out)
     if out.suffix != '.safetensors': raise ValueError(f"out is {str(out)!r}; accepted: a name that ends in .safetensors.")
     if not hours > 0 or not minutes > 0: raise ValueError(f"hours and minutes are {hours} and {minutes}; both must be above 0.")
     if not 0 <= flite <= 1: raise ValueError(f"flite is {flite}; accepted: a share from 0 to 1.")
     before = trained_audio(start_from) if start_from else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    say = print if progress else lambda *a, **k: None
+    say = print if progress and not rank() else lambda *a, **k: None
     if str(device).startswith('cuda'): torch.set_float32_matmul_precision('high')
     start = time.monotonic()
-    judges = {split: speech_set(speech_jobs(judge, 1_000_003 + i, split), workers, i).to(device) for i, split in enumerate(('voices', 'languages'))}
-    todo = speech_jobs(max(16, round(hours*3600/3.9)), seed, 'train', flite)
-    data, real = speech_set(todo, workers, seed), sum(j.engine == 'flite' for j in todo)/len(todo)
+    judges = {split: speech_set(speech_jobs(judge, 1_000_003 + i, split), workers, i).to(device) for i, split in enumerate(('voices', 'languages'))} if not rank() else {}
+    part = seed + 10_000*rank()
+    todo = speech_jobs(max(16, round(hours*3600/3.9/int(os.environ.get('WORLD_SIZE', 1)))), part, 'train', flite)
+    data, real = speech_set(todo, workers, part), sum(j.engine == 'flite' for j in todo)/len(todo)
     say(f'{data} for training, {real:.0%} of it by flite' + (' (which is not installed)' if flite and not real else '') + f', made in {time.monotonic() - start:.0f} s', flush=True)
     torch.manual_seed(seed)
     model, heads = before or (WhisperVQ(preset('tiny').audio), AudioHeads(preset('tiny').audio.width))
     model, heads, data = model.to(device), heads.to(device), data.to(device)
     notes = train_audio(model, heads, data, minutes=minutes, batch=batch, seconds=seconds, lr=lr, every=200, seed=seed, progress=progress, going_on=before is not None)
+    if rank(): return {}
     save_audio(out, model, heads)
     model, w = load_audio_weights(out)                   # judged is what is shipped, in half precision
     model, heads = model.to(device), heads.float(); heads.load_state_dict(w)
