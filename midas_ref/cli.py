@@ -289,25 +289,28 @@ def train_export(a):
     from midas_ref.training.scale import export_run
     export_run(a.run_folder, a.out, a.codec, a.audio)
 
-# %% ../nbs/90_cli.ipynb #a3f5bf00
+# %% ../nbs/90_cli.ipynb #fcfb1070
 @command('data encode', 'encode clips or scenes once, for training on many GPUs (page 51)', 'midas-ref data encode shards latents --chunks 8\nmidas-ref data encode scenes.safetensors latents --people 160 --device cuda\ntorchrun --no-python --nproc-per-node 8 midas-ref data encode shards latents --device cuda',
     option('source', metavar='SOURCE', help='folder of shards, or file that midas-ref data scenes wrote'), option('out', metavar='OUT', help='folder for latents and tokens'),
     option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes (default tiny)'), option('--codec', metavar='NAME', default=None, help='folder or hub id of the codec (default: that of this checkout)'), option('--audio', metavar='NAME', default=None, help='and of the tokenizer'),
+    option('--text', metavar='NAME', default=None, help='preset paper: folder or hub id of the T5 that reads captions (default: that of the preset), or none to leave captions out'),
     option('--chunks', type=number(int, 1, 1000), default=8, help='length of a piece of a clip (default 8; scenes stay whole)'), option('--per-shard', type=number(int, 1, 1 << 20), default=64, help='clips of a shard (default 64)'),
     option('--people', type=number(int, 1), default=160, help='scenes: people who play them (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'), DEVICE)
 def data_encode(a):
     "Encode this process's share; the launcher says which it is."
+    import torch
     from midas_ref.data import probes, shards
     from midas_ref.training import scale as S, train as T
     rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1)))
     device = device_of(a.device or 'auto')
     if device == 'cuda' and world > 1: device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     scenes = T.Scenes.load(a.source) if Path(a.source).is_file() and a.source.endswith('.safetensors') else None
-    midas = S.encoders(a.preset, a.codec, a.audio)
+    midas = S.encoders(a.preset, a.codec, a.audio, a.text)
     midas.codec.to(device); midas.audio.to(device)
+    if midas.words: midas.words.to(device, torch.bfloat16 if device.startswith('cuda') else torch.float32)
     if scenes is None: note, make = S.clip_shards(shards.Shards(a.source), midas, a.chunks*midas.cfg.frames_per_chunk, a.per_shard)
     else: note, make = S.scene_shards(scenes, probes.People(a.people, probes.mouth_pool(1), a.first, device, fast=device != 'cpu'), midas, a.per_shard)
-    S.encode_shards(a.out, note, midas.audio.codebook.weight, make, rank, world)
+    S.encode_shards(a.out, note, midas.audio.codebook.weight, make, rank, world, words=midas.words)
     here = sum((Path(a.out)/n).is_file() for n in note['shards'])
     print(f"{a.out}: {here} of {len(note['shards'])} shards, pieces of {note['frames']} frames")
 

@@ -5,6 +5,7 @@ import dataclasses, hashlib, json, os, shutil, signal, socket, subprocess, sys, 
 from pathlib import Path
 import pytest, torch
 import numpy as np
+from safetensors import safe_open
 from midas_ref import cli
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ, save_audio
@@ -279,6 +280,51 @@ def test_encoding_goes_on(encoded, whole_midas):
     with pytest.raises(ValueError, match='frames was 12 and is now 6'): S.begin_encoding(out, note | dict(frames=6), whole_midas.audio.codebook.weight)
     with pytest.raises(ValueError, match='latent'): S.Latents(out, preset('tiny'), 1)
     with pytest.raises(ValueError, match='fewer chunks'): S.Latents(out, small(), 3)
+
+@pytest.fixture(scope='module')
+def said(tmp_path_factory):
+    "A T5 in a folder, as one from the hub, and a model that wants its features."
+    from transformers import ByT5Tokenizer
+    from midas_ref.conditions.text import small_t5, text_encoder
+    folder = tmp_path_factory.mktemp('t5'); torch.manual_seed(3)
+    small_t5(64, 2).save_pretrained(folder); ByT5Tokenizer().save_pretrained(folder)
+    cfg = r(small(), text=r(small().text, model=str(folder), tokens=12, width=64))
+    midas = Midas(cfg, VideoDCAE(cfg.codec).eval(), WhisperVQ(cfg.audio).eval()).eval()
+    object.__setattr__(midas, 'words', text_encoder(cfg.text))
+    return cfg, midas
+
+def test_captions_of_a_published_t5(said, tmp_path, monkeypatch):
+    "Each caption is read once and kept without padding; a piece gets the features of its own captions, one of no words the placeholder."
+    cfg, midas = said
+    monkeypatch.setattr(Clips, 'words', ['smiling', '', 'sad', 'smiling'], raising=False)
+    took = Clips.__getitem__
+    monkeypatch.setattr(Clips, '__getitem__', lambda self, i: r(took(self, i), meta=dict(fps=12.5, captions=self.words)))
+    note, make = S.clip_shards(Clips(), midas, 12, per_shard=2)
+    assert note['captions'] and note['text'] == cfg.text.model
+    S.encode_shards(tmp_path, note, midas.audio.codebook.weight, make, say=lambda _: None, words=midas.words)
+    with safe_open(tmp_path/'latents-000000.safetensors', 'pt') as f: assert f.get_slice('starts').get_shape() == [4] and f.get_slice('said').get_shape() == [8 + 4, 64]   # smiling and sad, with their end marks
+    data, seen = S.Latents(tmp_path, cfg, 1), set()
+    want = {w: (midas.words(midas.words.ids([w]))[0] if w else torch.zeros(12, 64)) for w in Clips.words}
+    for position in range(30):
+        x = data.item(position); start = int(x['mouth'][0, 0]) % 100
+        word = Clips.words[min(int((start + 3)/26*4), 3)]; seen.add(word)
+        assert torch.allclose(x['text'][0], want[word].bfloat16().float(), atol=1e-6), word
+    assert seen == {'smiling', '', 'sad'}
+    with torch.no_grad():
+        lead, blank, on = (1, 1), torch.zeros(1, 1, 12, 64), want['sad'][None, None]
+        none, empty, given = midas.embed_conditions({}, lead), midas.embed_conditions(dict(text=blank), lead), midas.embed_conditions(dict(text=on), lead)
+    assert torch.equal(none, empty) and not torch.equal(none, given)
+    data = S.Latents(tmp_path, cfg, 2)
+    step = S.JointStep(midas, data.activity(), settings()).settle('cpu')
+    assert data.batch(0, 2)[2]['text'].shape == (2, 2, 12, 64) and step(data.batch(0, 2), .2, S.block_seed(0, 0))[0].isfinite()
+    with pytest.raises(ValueError, match='captions was True and is now False'): S.begin_encoding(tmp_path, note | dict(captions=False), midas.audio.codebook.weight)
+
+def test_text_of_a_session_with_a_published_t5(said):
+    cfg, midas = said
+    assert midas.text is None and torch.equal(midas.read_text(['sad']), midas.words(midas.words.ids(['sad'])))
+    assert not [k for k in midas.state_dict() if 't5' in k]                     # stays outside what is saved
+    lost = Midas(r(cfg, text=r(cfg.text, model='/nowhere/t5')))
+    with pytest.raises(OSError, match="use the preset 'tiny'"): lost.read_text(['sad'])
 
 def test_step_on_encoded_clips(encoded, whole_midas):
     data = S.Latents(encoded[0], small(), 2)

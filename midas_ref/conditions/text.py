@@ -70,7 +70,7 @@ class TextEncoder(nn.Module):
         "Texts to tokens, and which rows have any; the others are for the placeholder of page 33."
         return self(self.ids([t or '' for t in texts])), torch.tensor([bool(t) for t in texts], device=self.blank.device)
 
-# %% ../../nbs/conditions/32_text.ipynb #a139ced5
+# %% ../../nbs/conditions/32_text.ipynb #ae330e39
 def small_t5(
     width:int=128,      # hidden size, a multiple of 32
     layers:int=2,       # layers
@@ -93,4 +93,6 @@ def text_encoder(
     except (OSError, ValueError) as e:
         raise OSError(f"The T5 encoder {cfg.model!r} cannot be loaded ({str(e).splitlines()[0][:120]}). Download it once while online, give a folder that holds it, or use the preset 'tiny', whose encoder needs no files.") from e
     if t5.config.d_model != cfg.width: raise ValueError(f"{cfg.model!r} is {t5.config.d_model} wide, but TextConfig.width is {cfg.width}; set width={t5.config.d_model}.")
-    return TextEncoder(cfg.tokens, t5.requires_grad_(False).eval(), tokenizer)
+    encoder = TextEncoder(cfg.tokens, t5.requires_grad_(False).eval(), tokenizer)
+    nn.init.zeros_(encoder.blank)                            # frozen here: the projector's bias is the learned vector
+    return encoder.requires_grad_(False)

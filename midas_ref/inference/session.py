@@ -136,11 +136,11 @@ def generate_offline(
         latents[:, t], noise[:, t] = rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), state.randn(n, c, dtype=x0.dtype)
     return midas.codec.decode(latents)[0].clamp(-1, 1)
 
-# %% ../../nbs/inference/60_session.ipynb #70a017e9
+# %% ../../nbs/inference/60_session.ipynb #8885b56f
 class Wishes:
     "What a viewer has asked for, as signals for the chunks to come."
     def __init__(self, midas:Midas, level:int):
-        self.midas, self.wish, self.poses, self.level = midas, '', deque(), level
+        self.midas, self.words, self.poses, self.level = midas, None, deque(), level
         self.steer(level=level)
 
     def steer(self,
@@ -153,7 +153,7 @@ class Wishes:
         if expression is not None:
             if expression not in MOODS: raise ValueError(f"expression is {expression!r}; accepted: {', '.join(MOODS)}.")
             text = f'{MOODS[expression][0]}, talking'
-        if text is not None: self.wish = str(text)
+        if text is not None: self.words = self.midas.read_text([str(text)])[:, None] if str(text).strip() else None
         if level is not None:
             if not 0 <= level < self.midas.cfg.noise.levels: raise ValueError(f"level is {level}; accepted: 0 to {self.midas.cfg.noise.levels - 1}.")
             self.level = int(level)
@@ -170,7 +170,7 @@ class Wishes:
             v = torch.stack(rows + [torch.full_like(rows[0], torch.nan)]*(f - len(rows)))[None].to(dev)
             known = torch.isfinite(v).all(-1)
             out['pose'] = Motion(torch.where(known[..., None], v, 0.), known)
-        if self.wish and self.midas.text is not None: out['text'] = self.midas.text.ids([self.wish])[:, None]
+        if self.words is not None: out['text'] = self.words
         return out
 
 # %% ../../nbs/inference/60_session.ipynb #6be153e3

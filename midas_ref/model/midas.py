@@ -75,7 +75,7 @@ def initialise(
         nn.init.normal_(m.weight, std=.02/(2*len(qwen.layers))**.5 if writes else .02)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../../nbs/model/46_midas.ipynb #e168d4c7
+# %% ../../nbs/model/46_midas.ipynb #e4dbde44
 class Parts(nn.Module):
     "Everything that is trained jointly, and how signals become tokens."
     def __init__(self,
@@ -107,6 +107,15 @@ class Parts(nn.Module):
         other.conditions.counts = dict(other.layout.conditions)
         return other.train(self.training)
 
+    @torch.no_grad()
+    def read_text(self,
+        texts:list,           # strings
+    )->Tensor:                # ids (b, l) for the encoder inside; or, where a preset names a published T5, its features (b, n, f)
+        "Texts as a signal. A published T5 is loaded on the first call; it is frozen, and not saved with the model."
+        if self.text is not None: return self.text.ids(texts)
+        if '_t5' not in self.__dict__: self.__dict__['_t5'] = text_encoder(self.cfg.text).to(self.sigmas.device, next(self.parameters()).dtype)
+        return self._t5(self._t5.ids(texts))
+
     def embed_conditions(self,
         signals:dict,         # 'audio': code vectors (b, k*a, f); 'pose': `Motion` of k*f frames; 'text': ids (b, k, l) or features (b, k, n, f); any may be missing
         lead:tuple,           # (b, k): rows and chunks
@@ -120,7 +129,7 @@ class Parts(nn.Module):
             present['pose'] = rearrange(p.known.any(-1), 'b (k f) -> b k f', k=k).repeat_interleave(self.cfg.pose.tokens_per_frame, -1)
         if (t := signals.get('text')) is not None:
             feats['text'] = rearrange(self.text(t.flatten(0, 1)), '(b k) n f -> b k n f', k=k) if t.ndim == 3 else t
-            present['text'] = (t > 1).any(-1) if t.ndim == 3 else torch.ones(lead, dtype=torch.bool, device=t.device)
+            present['text'] = (t > 1).any(-1) if t.ndim == 3 else t.ne(0).flatten(2).any(-1)                       # a caption of no words has no features
         return self.conditions(feats, present, lead, generator)
 
 # %% ../../nbs/model/46_midas.ipynb #19d463ae

@@ -2,15 +2,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FREE', 'PEAKS', 'TrainConfig', 'train_preset', 'with_settings', 'deepspeed_config', 'Blocks', 'loader',
-           'Synthetic', 'save_pool', 'Latents', 'JointStep', 'block_seed', 'spare', 'flex', 'launched', 'Fleet',
-           'import_deepspeed', 'make_engine', 'on', 'file_sum', 'read_manifest', 'damage', 'checkpoints',
+           'Synthetic', 'save_pool', 'read_captions', 'Latents', 'JointStep', 'block_seed', 'spare', 'flex', 'launched',
+           'Fleet', 'import_deepspeed', 'make_engine', 'on', 'file_sum', 'read_manifest', 'damage', 'checkpoints',
            'save_checkpoint', 'remove', 'quiet', 'newest', 'same_run', 'start_point', 'to_universal', 'load_checkpoint',
            'Stop', 'Meter', 'trim_log', 'ScaleRun', 'start_model', 'frozen_parts', 'export_run', 'parameters',
            'state_bytes', 'activation_bytes', 'mean_keys', 'step_flops', 'MasterEngine', 'step_times', 'bench_train',
            'kernels', 'plan_lines', 'encoders', 'encoding_note', 'begin_encoding', 'encode_shards', 'scene_shards',
            'encode_clip', 'clip_shards']
 
-# %% ../../nbs/training/51_deepspeed.ipynb #f00059f6
+# %% ../../nbs/training/51_deepspeed.ipynb #0f371c29
 import contextlib, dataclasses, io, json, math, os, shutil, signal, socket, subprocess, sys, time, warnings, zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +30,7 @@ from ..codec.temporal import load_video_dcae
 from ..codec.train import RunLog
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
+from ..conditions.text import text_encoder
 from ..model.backbone import load_qwen, backbone_config, Backbone
 from ..model.mask import block_mask, training_mask
 from ..model.midas import Midas
@@ -190,15 +191,31 @@ class Synthetic:
     def batch(self, first:int, rows:int)->tuple: return _together([self.item(p) for p in range(first, first + rows)])
     def activity(self): return torch.ones(self.cfg.video.tokens, self.cfg.codec.latent_channels)
 
-# %% ../../nbs/training/51_deepspeed.ipynb #4bcac575
+# %% ../../nbs/training/51_deepspeed.ipynb #6007f512
 def save_pool(
     pool:Pool,   # encoded clips
     path,        # file, .safetensors; appears when it is complete
+    **more,      # further tensors, see `read_captions`
 ):
     "One shard."
     from safetensors.torch import save
     kinds = dict(latents=torch.float16, reference=torch.float16, velocity=torch.float16, audio=torch.int32, text=torch.int32)
-    with atomic(path) as f: f.write(save({k: v.detach().cpu().to(kinds.get(k, v.dtype)).contiguous() for k, v in vars(pool).items() if isinstance(v, torch.Tensor) and k != 'codes'}))
+    parts = {k: v for k, v in vars(pool).items() if isinstance(v, torch.Tensor) and k != 'codes'} | more
+    with atomic(path) as f: f.write(save({k: v.detach().cpu().to(kinds.get(k, v.dtype)).contiguous() for k, v in parts.items()}))
+
+@torch.no_grad()
+def read_captions(
+    text:torch.Tensor,   # captions as bytes (page 32), (s, k, l)
+    encoder,             # a `TextEncoder` with a published T5
+    rows:int=32,         # captions of a call
+)->dict:                 # text: the number of each caption, int32 (s, k); said: tokens of one caption after the other (n, f); starts: where each begins (u + 1,)
+    "What T5 says to captions, each of them once and without its padding; a caption of no words has no tokens."
+    each, which = torch.unique(text.flatten(0, 1).cpu(), dim=0, return_inverse=True)
+    words, said = [bytes(int(c) - 3 for c in row if c > 2).decode('utf-8', 'ignore') for row in each], []
+    for part in (words[i:i+rows] for i in range(0, len(words), rows)):
+        ids = encoder.ids(part)
+        said += [h[:int((row > 0).sum())*bool(w.strip())].bfloat16().cpu() for h, row, w in zip(encoder(ids), ids, part)]
+    return dict(text=which.view(text.shape[:2]).int(), said=torch.cat(said), starts=torch.tensor([0, *map(len, said)]).cumsum(0))
 
 class Latents:
     "Encoded clips on disk, in an order that is new in each epoch."
@@ -240,9 +257,18 @@ class Latents:
         per = round(self.cfg.audio.token_seconds*self.cfg.video.fps)                 # frames of an audio token
         cut = lambda what, every=1: f.get_slice(what)[row:row+1, start//every:(start + span)//every][0]
         who = int(rng.integers(f.get_slice('reference').get_shape()[1]))
-        text = dict(text=cut('text', frames).long()) if self.cfg.text.model == 'bytes' else {}           # else features of T5, which are not stored: a placeholder
+        text = dict(text=cut('text', frames).long()) if self.cfg.text.model == 'bytes' else self.said(f, cut('text', frames))
         return dict(latents=cut('latents').float(), reference=f.get_slice('reference')[row:row+1, who:who+1][0, 0].float(), audio=self.codes[cut('audio', per).long()],
                     velocity=cut('velocity').float(), known=cut('known'), mouth=cut('mouth').float()) | text
+
+    def said(self, f, which)->dict:
+        "Features of captions, zero behind their ends; nothing, and so a placeholder, where none were encoded."
+        if 'said' not in f.keys(): return {}
+        starts, out = f.get_tensor('starts'), torch.zeros(len(which), self.cfg.text.tokens, self.cfg.text.width)
+        for row, k in zip(out, which.tolist()):
+            a, b = starts[k:k+2].tolist()
+            if b > a: row[:b - a] = f.get_slice('said')[a:b].float()
+        return dict(text=out)
 
     def batch(self, first:int, rows:int)->tuple: return _together([self.item(p) for p in range(first, first + rows)])
 
@@ -859,12 +885,13 @@ def plan_lines(
             f"checkpoint   {14*n/gib:.1f} GiB, every {tc.save_every:,} steps, the last {tc.keep} kept: {14*n*tc.keep/gib:.0f} GiB on disk",
             f"schedule     {tc.warm:,} steps of warm-up to {tc.lr:g}, cosine to {tc.lr*tc.final:g}; AdamW {tc.beta1:g} {tc.beta2:g}, weight decay {tc.decay:g}, clipping {tc.clip:g}"]
 
-# %% ../../nbs/training/51_deepspeed.ipynb #8c8d0669
+# %% ../../nbs/training/51_deepspeed.ipynb #1133a073
 def encoders(
     name:str,     # preset
     codec=None,   # see `frozen_parts`
     audio=None,   # see `frozen_parts`
-):                # has cfg, codec and audio, as a `Midas` has
+    text=None,    # folder or hub id of a published T5; None takes that of the preset, 'none' leaves captions out (the preset 'tiny' learns its own T5 along with the rest)
+):                # has cfg, codec and audio, as a `Midas` has, and words: a `TextEncoder`, or None
     "What encodes, without the joint model."
     from types import SimpleNamespace
     cfg, (codec, audio) = preset(name), frozen_parts(codec, audio)
@@ -872,7 +899,9 @@ def encoders(
         if part is None: raise FileNotFoundError(f"No {what} in {WEIGHTS}; name one with --{what} (a folder or a hub id), or run from a checkout that holds it.")
     for what, has, wants in (('codec', codec.cfg.latent_channels, cfg.codec.latent_channels), ('audio', audio.cfg.width, cfg.audio.width)):
         if has != wants: raise ValueError(f"The {what} is {has} wide, but the preset {name!r} wants {wants}; name another with --{what}.")
-    return SimpleNamespace(cfg=cfg, codec=codec, audio=audio)
+    if cfg.text.model == 'bytes' and text not in (None, 'none'): raise ValueError(f"The preset {name!r} has a text encoder of its own; leave --text out.")
+    read = cfg.text.model != 'bytes' and text != 'none'
+    return SimpleNamespace(cfg=cfg, codec=codec, audio=audio, words=text_encoder(dataclasses.replace(cfg.text, model=text or cfg.text.model)) if read else None)
 
 def encoding_note(
     midas,             # with codec and tokenizer
@@ -882,7 +911,8 @@ def encoding_note(
     "What a reader has to know about encoded clips."
     from midas_ref.training.train import tokenizer_hash
     c = midas.cfg
-    return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, codec_hash=midas.codec.fingerprint(), audio_hash=tokenizer_hash(midas.audio))
+    words = {} if c.text.model == 'bytes' else dict(captions=getattr(midas, 'words', None) is not None)
+    return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, codec_hash=midas.codec.fingerprint(), audio_hash=tokenizer_hash(midas.audio), **words)
 
 def begin_encoding(
     out,          # folder
@@ -907,6 +937,7 @@ def encode_shards(
     rank:int=0,      # this process does every world-th shard
     world:int=1,     # processes in all
     say=print,       # called with lines
+    words=None,      # a `TextEncoder` with a published T5 for the captions, see `encoders`
 )->int:              # frames that this call has encoded
     "Write the shards of this process that are not there yet."
     begin_encoding(out, note, codes)
@@ -915,12 +946,12 @@ def encode_shards(
     if len(todo) < len(mine): say(f'{len(mine) - len(todo)} of {len(mine)} shards of process {rank} are there.')
     for i, name in enumerate(todo):
         pool = make(name)
-        save_pool(pool, Path(out)/name)
+        save_pool(pool, Path(out)/name, **(read_captions(pool.text, words) if words else {}))
         done += pool.latents.shape[0]*pool.latents.shape[1]
         say(f'{out}/{name}: {i + 1} of {len(todo)}, {done/(time.time() - start):.1f} frames/s')
     return done
 
-# %% ../../nbs/training/51_deepspeed.ipynb #ebca914c
+# %% ../../nbs/training/51_deepspeed.ipynb #c4ad7c6d
 def scene_shards(
     scenes,             # `Scenes`
     people,             # who plays them
@@ -955,14 +986,14 @@ def encode_clip(
         z = c.encode(picture(sample.video), check=False)[0].half()
         portrait = None if sample.reference is None else c.encode(picture(sample.reference[None]), check=False)[0].half()
     ids, per, f = midas.audio(torch.from_numpy(np.array(sample.audio)).to(device)[None]).ids[0], round(midas.cfg.audio.token_seconds*v.fps), midas.cfg.frames_per_chunk
-    said, motion, points = sample.meta.get('captions') or [''], sample.truth.get('motion'), sample.truth.get('keypoints')
+    said, long, motion, points = sample.meta.get('captions') or [''], 64 if midas.cfg.text.model == 'bytes' else 1024, sample.truth.get('motion'), sample.truth.get('keypoints')
     points = torch.full((1, len(z), 12, 2), torch.nan) if points is None else torch.from_numpy(np.array(points[None, :, :12, :2])).float()
     velocity, known = (x[0] for x in JointVelocity(12, fps=v.fps)(in_heights(points, v.height, v.width)))
     for a in range(0, len(z) - frames + 1, frames):
         words = [said[min(int((a + k + f/2)/len(z)*len(said)), len(said) - 1)] for k in range(0, frames, f)]
         mouth = torch.full((frames, len(MOUTH)), torch.nan) if motion is None else torch.from_numpy(np.array(motion[a:a+frames, :len(MOUTH)])).float()
         out.append(dict(latents=z[a:a+frames], reference=portrait if portrait is not None else z[(a + frames) % len(z)][None], velocity=velocity[a:a+frames], known=known[a:a+frames],
-                        audio=ids[a//per:(a + frames)//per], text=torch.tensor([byte_ids(w or '', 64) for w in words]), mouth=mouth))
+                        audio=ids[a//per:(a + frames)//per], text=torch.tensor([byte_ids(w or '', long) for w in words]), mouth=mouth))
     return out
 
 def clip_shards(
