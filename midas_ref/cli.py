@@ -433,12 +433,13 @@ def bench_codec(a):
     for name, r in rows.items():
         for part, ms in r.items(): print(f'{name}, {part}: {ms}')
 
-# %% ../nbs/90_cli.ipynb #f8c31ca2
+# %% ../nbs/90_cli.ipynb #d8c42751
 WEIGHTS_OPTION = option('--weights', '--preset', dest='weights', metavar='WHERE', help='tiny (bundled), a folder that midas-ref train model wrote, or a hub id (default: that of settings.ini)')
 PLACE = (option('--device', help='auto, cpu, cuda or cuda:N (default: that of settings.ini)'), option('--dtype', choices=('auto', 'float32', 'bfloat16'), help='number type (default: that of settings.ini)'))
 CHUNK = (option('--frames', type=number(int, 1, 48), metavar='N', help='frames of a chunk, such as 1, 2, 3 or 6: fewer react faster and cost more (default: that of the weights)'),
          option('--level', type=number(int, 0, 19), default=3, metavar='N', help='noise level at which frames are remembered, 0 to 19: higher drifts less and is softer (default 3)'),
-         option('--overlap', action=argparse.BooleanOptionalAction, default=False, help='decode in a second thread (default no)'))
+         option('--overlap', action=argparse.BooleanOptionalAction, default=False, help='decode in a second thread (default no)'),
+         option('--fast', action=argparse.BooleanOptionalAction, default=False, help='on a GPU: replay each frame from a recording (default no)'))
 
 @command('animate', 'portrait and voice in, talking video out', 'midas-ref animate data_samples/portraits/mira.png data_samples/speech/en-us.flac -o out.mp4\nmidas-ref animate me.jpg talk.mp4 -o out.webm --expression happy --seed 7\nmidas-ref animate me.png voice.wav -o out.mp4 --weights runs/1/midas --device cuda --frames 2',
     option('portrait', metavar='PORTRAIT', help='any picture with one face'), option('audio', metavar='AUDIO', help='any recording, or a video with sound'),
@@ -462,14 +463,14 @@ def animate_command(a):
     if face.note: warn(f'{a.portrait}: {face.note}')
     if A.drawn(midas, face) is False: warn(f'{a.portrait} looks like a photograph; these weights have only seen drawn people, so the video will show somebody else.')
     A.share_cores(a.overlap, midas.codec.mean.device)
-    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap)
+    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast)
     voice = A.load_voice(a.audio, session.midas.cfg.chunk_seconds, a.silent)
     session.steer(a.text, None if a.pose is None else A.read_pose(a.pose, midas.cfg.video.fps, midas.pose.shape), expression=a.expression)
     run = A.animate(session, voice, a.out, a.mark, a.progress)
     print(f'{a.out}: {run.frames} frames, {run.frames/run.fps:.2f} s, {midas.cfg.video.height}x{midas.cfg.video.width}, {A.machine(session.reference.device)}\n{run.table()}')
     if run.frames < run.wanted: warn(f'interrupted: {a.out} is complete up to {run.frames/run.fps:.2f} of {run.wanted/run.fps:.2f} s.'); return 130
 
-# %% ../nbs/90_cli.ipynb #cf275f6f
+# %% ../nbs/90_cli.ipynb #a8254301
 @command('bench stream', 'measure live sessions: first frame, frames per second, stages, memory; prints JSON', 'midas-ref bench stream\nmidas-ref bench stream --preset tiny --seconds 300 --overlap\nmidas-ref bench stream --weights runs/1/midas --device cuda --sessions 8 --batched',
     option('--preset', choices=('tiny', 'paper'), help='sizes; trained weights are used where there are some (default tiny)'), option('--weights', metavar='WHERE', help='a folder or hub id, instead of a preset'),
     option('--seconds', type=number(float, .08, 36_000), default=10., help='measured video of each session (default 10)'), option('--warmup', type=number(int, 0, 1000), default=10, metavar='N', help='chunks before that (default 10: the window is full)'),
@@ -483,7 +484,7 @@ def bench_stream(a):
     if not trained: print(f'midas-ref: there are no trained weights for {where!r}; random ones are measured, which take the same time.', file=sys.stderr)
     midas = A.load_model(where, a.device, a.dtype) if trained else A.random_model(where, a.device, a.dtype)
     A.share_cores(a.overlap, midas.codec.mean.device)
-    r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, a.overlap, a.level, a.warmup, a.progress)
+    r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, a.overlap, a.level, a.warmup, a.progress, a.fast)
     print(json.dumps(dict(weights=where if trained else 'random', **r), indent=1))
 
 # %% ../nbs/90_cli.ipynb #a72fe088

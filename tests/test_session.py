@@ -54,6 +54,50 @@ def test_a_second_thread_changes_nothing(midas, sound):
     first = next(Session(midas, face(0), 5, overlap=True).stream(x[:N]))
     assert (first == plain[0]).all()
 
+class Tape:
+    "Stands for a CUDA graph on a machine without a GPU: it makes the call again, on the same places."
+    def __init__(self, f, places, out): self.f, self.places, self.out = f, places, out
+    def replay(self): self.out.copy_(self.f(*self.places))
+
+def test_recorded_calls_give_the_same_frames(midas, sound, monkeypatch):
+    "The recording leaves the streams as they were, reads its inputs anew each time, and serves again after a restart."
+    import midas_ref.inference.session as S
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+    lane, real, made = SimpleNamespace(wait_stream=lambda o: None), S.record, []
+    for name, stub in dict(Stream=lambda: lane, current_stream=lambda: lane, stream=lambda s: nullcontext(), CUDAGraph=object, graph=lambda g: nullcontext()).items(): monkeypatch.setattr(torch.cuda, name, stub)
+    def record(f, inputs, states):
+        _, places, out = real(f, inputs, states); made.append(f.__name__)
+        return Tape(f, places, out), places, out
+    monkeypatch.setattr(S, 'record', record)
+    x, wish = sound[:4*N], dict(text='laughing', level=9)
+    def run(s):
+        out = [s.push(x[:N])]; s.steer(**wish); out.append(s.push(x[N:4*N - 5000])); out.append(s.finish()); s.steer(text='', level=3)
+        return np.concatenate(out)
+    for frames in (None, 3, 1):
+        plain, s = Session(midas, face(0), 5, frames), Session(midas, face(0), 5, frames, fast=True)
+        assert not s.calls.on                                                      # no GPU here
+        s.calls.on = True; made.clear()
+        want = run(plain)
+        assert (run(s) == want).all() and sorted(made) == (['follow', 'read', 'show'] if frames != 1 else ['follow', 'show'])
+        assert (run(s) == want).all() and len(made) <= 3                           # a restart keeps the recordings
+        s.seed = 6; s.restart(); plain.seed = 6; plain.restart()
+        assert (run(s) == (other := run(plain))).all() and (other != want).any()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_cuda(midas, sound):
+    "A GPU draws what the CPU draws; with recordings what it draws without, in turns too."
+    import copy
+    x, here = sound[:4*N], copy.deepcopy(midas).cuda()
+    cpu, plain = Session(midas, face(0), 5).push(x), Session(here, face(0), 5)
+    got, a, b = plain.push(x), Session(here, face(0), 5, fast=True), Session(here, face(1), 5, fast=True)
+    assert got.shape == cpu.shape                                                  # its generator draws other noise
+    turns = [(a.push(x[k*N:(k+1)*N]), b.push(x[k*N:(k+1)*N])) for k in range(4)]
+    assert a.calls.on and len(a.calls.kept) == 3
+    assert differ(np.concatenate([t[0] for t in turns]), got) <= 1
+    assert differ(np.concatenate([t[1] for t in turns]), Session(here, face(1), 5).push(x)) <= 1
+    a.restart(); assert differ(a.push(x), got) <= 1
+
 def test_an_error_in_the_second_thread_comes_to_the_caller(midas, sound, monkeypatch):
     import midas_ref.inference.session as S
     def fail(*a, **k): raise RuntimeError(f'no decoder in {threading.current_thread().name}')

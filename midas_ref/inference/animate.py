@@ -4,7 +4,7 @@
 __all__ = ['place', 'share_cores', 'load_model', 'random_model', 'load_voice', 'drawn', 'read_pose', 'noted_ctrl_c', 'memory',
            'Run', 'animate', 'babble', 'bench_stream']
 
-# %% ../../nbs/inference/62_animate.ipynb #7c26c1a6
+# %% ../../nbs/inference/62_animate.ipynb #ac297295
 import contextlib, os, signal, sys, threading, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..codec.temporal import VideoDCAE
 from ..conditions.audio import WhisperVQ
 from ..conditions.pose import HEAD, JointVelocity, at_fps, read_landmarks, select
 from ..model.midas import Midas
-from .session import Session, StageClock, draw_chunk, open_streams, untimed
+from .session import FrameCalls, Session, StageClock, draw_chunk, open_streams, untimed
 from .video import VideoWriter, is_drawn, read_audio
 
 # %% ../../nbs/inference/62_animate.ipynb #8266405a
@@ -184,7 +184,7 @@ def animate(
             video.close()
     return Run(clock, waits, video.frames, wanted, seconds, cfg.video.fps)
 
-# %% ../../nbs/inference/62_animate.ipynb #5739b72a
+# %% ../../nbs/inference/62_animate.ipynb #86a0dcec
 def babble(
     seconds:float,           # length
     seed:int=0,              # of the noise
@@ -193,9 +193,9 @@ def babble(
     t = np.arange(round(16000*seconds))/16000
     return (.1*np.random.default_rng(seed).standard_normal(len(t))*np.sin(2*np.pi*2*t)**2).astype(np.float32)
 
-def _turns(midas, faces, chunks, clock, frames, overlap, level):
+def _turns(midas, faces, chunks, clock, frames, overlap, level, fast):
     "A function that draws chunk k of every session, one session after the other, and gives the wait of each for its first frame."
-    sessions = [Session(midas, x, seed=i, frames=frames, level=level, clock=clock, overlap=overlap) for i, x in enumerate(faces)]
+    sessions = [Session(midas, x, seed=i, frames=frames, level=level, clock=clock, overlap=overlap, fast=fast) for i, x in enumerate(faces)]
     def draw(k):
         waits = []
         for i, s in enumerate(sessions):
@@ -205,19 +205,20 @@ def _turns(midas, faces, chunks, clock, frames, overlap, level):
         return waits
     return draw, lambda: sum(s.streams.nbytes for s in sessions)
 
-def _together(midas, faces, chunks, clock, frames, overlap, level):
+def _together(midas, faces, chunks, clock, frames, overlap, level, fast):
     "The same with all sessions in one batch."
     one = Session(midas, faces[0], frames=frames, overlap=overlap)             # for its pool, and the model of its chunk length
     with torch.no_grad(): refs = midas.codec.encode(torch.stack(faces)[:, None].to(midas.codec.mean))[:, 0]
     streams = open_streams(one.midas, len(faces), list(range(len(faces))))
+    calls = FrameCalls(one.midas, streams, on=fast)
     def draw(k):
         start, first = time.perf_counter(), None
         sound = torch.from_numpy(np.stack([chunks(k, i) for i in range(len(faces))])).to(refs.device)
-        for x in draw_chunk(one.midas, streams, sound, refs, {}, level, clock=clock, pool=one.pool): first = first or (x.cpu(), time.perf_counter() - start)[1]
+        for x in draw_chunk(one.midas, streams, sound, refs, {}, level, clock=clock, pool=one.pool, calls=calls): first = first or (x.cpu(), time.perf_counter() - start)[1]
         return [first]*len(faces)
     return draw, lambda: streams.nbytes
 
-# %% ../../nbs/inference/62_animate.ipynb #4537ff60
+# %% ../../nbs/inference/62_animate.ipynb #c0d43135
 def bench_stream(
     midas:Midas,             # where and how it shall run
     seconds:float=10.,       # measured video of each session
@@ -228,6 +229,7 @@ def bench_stream(
     level:int=3,             # see `Session`
     warmup:int=10,           # chunks before the measurement, so that the window is full
     progress:bool=False,     # show a bar
+    fast:bool=False,         # see `Session`
 )->dict:                     # figures that JSON can hold
     "Stream noise through one or more sessions and measure."
     from tqdm import tqdm
@@ -237,7 +239,7 @@ def bench_stream(
     faces = [torch.rand(3, cfg.video.height, cfg.video.width, generator=g)*2 - 1 for _ in range(sessions)]
     sound = babble(7*cfg.chunk_seconds)
     clock, waits, spent, rss = StageClock(dev), [], [], {}
-    draw, held = (_together if batched else _turns)(midas, faces, lambda k, i: np.roll(sound, -n*(k + i))[:n], clock, frames, overlap, level)
+    draw, held = (_together if batched else _turns)(midas, faces, lambda k, i: np.roll(sound, -n*(k + i))[:n], clock, frames, overlap, level, fast)
     for k in tqdm(range(warmup + count), unit='chunk', disable=not progress):
         if k == warmup: clock.spans.clear(); rss['after warm-up'] = memory().get('now')
         start = time.perf_counter(); first = draw(k); end = time.perf_counter()
@@ -247,7 +249,7 @@ def bench_stream(
     ms = lambda l: dict(n=l.n, p50=round(l.p50, 2), p95=round(l.p95, 2), max=round(l.max, 2))
     chunk = latency(spent, cfg.chunk_seconds)
     return dict(machine=machine(dev), torch=torch.__version__, threads=torch.get_num_threads(), dtype=str(midas.codec.mean.dtype).removeprefix('torch.'), preset=cfg.name, size=[cfg.video.height, cfg.video.width], fps=cfg.video.fps,
-                sessions=sessions, batched=batched, overlap=overlap, frames_per_chunk=cfg.frames_per_chunk, seconds=count*cfg.chunk_seconds, warmup_chunks=warmup,
+                sessions=sessions, batched=batched, overlap=overlap, fast=fast, frames_per_chunk=cfg.frames_per_chunk, seconds=count*cfg.chunk_seconds, warmup_chunks=warmup,
                 first_frame_ms=ms(latency(waits)), chunk_ms=ms(chunk) | dict(late=round(chunk.missed, 4)), stages_ms={k: ms(v) for k, v in clock.table().items()},
                 frames_per_second=round(sessions*count*cfg.frames_per_chunk/sum(spent), 2), real_time_factor=round(count*cfg.chunk_seconds/sum(spent), 3),
                 state_mb=round(held()/1e6, 3), memory_mb={k: v and round(v, 1) for k, v in rss.items()} | {k: round(v, 1) for k, v in memory().items()})
