@@ -897,7 +897,7 @@ def grid_table(
     wide = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     return '\n'.join('  '.join(f'{x:{w}}' for x, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../../nbs/conditions/30_audio.ipynb #4480b473
+# %% ../../nbs/conditions/30_audio.ipynb #e2b6459a
 def train_audio_files(
     out:str|Path,            # where to write, a name that ends in .safetensors; the report lies beside it as .json
     hours:float=20.,         # speech to synthesise for training, by all processes together
@@ -942,7 +942,7 @@ def train_audio_files(
         opening = torch.cat([heads(c.vectors)[2][0, :, MOUTH.index('open')] for s in [model.init_state()] for c in (model(p, s) for p in x.split(1280*100, 1))]).detach().cpu().numpy()
         report[split]['closures'] = {k: closures(opening, runs(truth[0][0].cpu(), {VISEMES.index(v)}), slack=d) for k, v, d in (('/p b m/', 'PP', .03), ('open vowels', 'aa', -.03))}
     earlier = Path(start_from).with_suffix('.json') if start_from else None
-    if earlier and earlier.is_file(): report['before'] = {k: v for k, v in json.loads(earlier.read_text()).items() if k != 'training'}
+    if earlier and earlier.is_file(): report['before'] = json.loads(earlier.read_text())
     out.with_suffix('.json').write_text(json.dumps(report, indent=1))
     for split in judges: say(split, {k: round(v, 3) for k, v in report[split]['all'].items()}, report[split]['closures'])
     return report
