@@ -131,7 +131,7 @@ class FrameCalls:
     def accept(self, x0, level): return self.call(self.read, x0, torch.as_tensor(level, device=x0.device).expand(len(x0)), self.noise(x0))   # as `Midas.accept`, but for the last frame of a chunk
     def decode(self, z): return self.call(self.show, z)                                                        # as `decode_frame`
 
-# %% ../../nbs/inference/60_session.ipynb #a4cd937d
+# %% ../../nbs/inference/60_session.ipynb #5600d9b9
 @torch.no_grad()
 def draw_chunk(
     midas:Midas,           # or one of its `with_frames`
@@ -147,6 +147,7 @@ def draw_chunk(
 ):
     "Yield the frames of a chunk, each (b, 3, h, w) in [-1, 1]."
     f, calls = midas.layout.frames, calls or FrameCalls(midas, streams, steps, on=False)
+    if calls.streams is not streams: raise ValueError("These calls belong to other streams; make FrameCalls for the streams that are drawn.")
     def decode(x0):
         with torch.no_grad(), clock('decode'):                # `no_grad` does not reach into another thread
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
@@ -222,7 +223,7 @@ class Wishes:
         if self.words is not None: out['text'] = self.words
         return out
 
-# %% ../../nbs/inference/60_session.ipynb #cf02fdf4
+# %% ../../nbs/inference/60_session.ipynb #12a0366b
 class Session(Wishes):
     "One live stream: sound in, pictures out."
     def __init__(self,
@@ -267,6 +268,7 @@ class Session(Wishes):
         n = self.midas.cfg.chunk_samples
         while self.current or len(self.buffer) >= n:
             if not self.current:
+                if self.calls.streams is not self.streams: self.calls = FrameCalls(self.midas, self.streams, self.steps, self.fast)     # they were joined or split
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
                 self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.calls)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
