@@ -282,7 +282,7 @@ def test_encoding_goes_on(encoded, whole_midas):
     with pytest.raises(ValueError, match='fewer chunks'): S.Latents(out, small(), 3)
 
 @pytest.fixture(scope='module')
-def said(tmp_path_factory):
+def reader(tmp_path_factory):
     "A T5 in a folder, as one from the hub, and a model that wants its features."
     from transformers import ByT5Tokenizer
     from midas_ref.conditions.text import small_t5, text_encoder
@@ -293,9 +293,9 @@ def said(tmp_path_factory):
     object.__setattr__(midas, 'words', text_encoder(cfg.text))
     return cfg, midas
 
-def test_captions_of_a_published_t5(said, tmp_path, monkeypatch):
+def test_captions_of_a_published_t5(reader, tmp_path, monkeypatch):
     "Each caption is read once and kept without padding; a piece gets the features of its own captions, one of no words the placeholder."
-    cfg, midas = said
+    cfg, midas = reader
     monkeypatch.setattr(Clips, 'words', ['smiling', '', 'sad', 'smiling'], raising=False)
     took = Clips.__getitem__
     monkeypatch.setattr(Clips, '__getitem__', lambda self, i: r(took(self, i), meta=dict(fps=12.5, captions=self.words)))
@@ -319,8 +319,8 @@ def test_captions_of_a_published_t5(said, tmp_path, monkeypatch):
     assert data.batch(0, 2)[2]['text'].shape == (2, 2, 12, 64) and step(data.batch(0, 2), .2, S.block_seed(0, 0))[0].isfinite()
     with pytest.raises(ValueError, match='captions was True and is now False'): S.begin_encoding(tmp_path, note | dict(captions=False), midas.audio.codebook.weight)
 
-def test_text_of_a_session_with_a_published_t5(said):
-    cfg, midas = said
+def test_text_of_a_session_with_a_published_t5(reader):
+    cfg, midas = reader
     assert midas.text is None and torch.equal(midas.read_text(['sad']), midas.words(midas.words.ids(['sad'])))
     assert not [k for k in midas.state_dict() if 't5' in k]                     # stays outside what is saved
     lost = Midas(r(cfg, text=r(cfg.text, model='/nowhere/t5')))
