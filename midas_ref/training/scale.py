@@ -191,7 +191,7 @@ class Synthetic:
     def batch(self, first:int, rows:int)->tuple: return _together([self.item(p) for p in range(first, first + rows)])
     def activity(self): return torch.ones(self.cfg.video.tokens, self.cfg.codec.latent_channels)
 
-# %% ../../nbs/training/51_deepspeed.ipynb #6007f512
+# %% ../../nbs/training/51_deepspeed.ipynb #fc8f8258
 def save_pool(
     pool:Pool,   # encoded clips
     path,        # file, .safetensors; appears when it is complete
@@ -217,6 +217,7 @@ def read_captions(
         said += [h[:int((row > 0).sum())*bool(w.strip())].bfloat16().cpu() for h, row, w in zip(encoder(ids), ids, part)]
     return dict(text=which.view(text.shape[:2]).int(), said=torch.cat(said), starts=torch.tensor([0, *map(len, said)]).cumsum(0))
 
+# %% ../../nbs/training/51_deepspeed.ipynb #126b82d3
 class Latents:
     "Encoded clips on disk, in an order that is new in each epoch."
     def __init__(self,
