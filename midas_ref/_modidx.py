@@ -1174,6 +1174,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'midas_ref/inference/session.py'),
                                              'midas_ref.inference.session.Session.stream': ( 'inference/session.html#session.stream',
                                                                                              'midas_ref/inference/session.py'),
+                                             'midas_ref.inference.session.Session.streams': ( 'inference/session.html#session.streams',
+                                                                                              'midas_ref/inference/session.py'),
                                              'midas_ref.inference.session.StageClock': ( 'inference/session.html#stageclock',
                                                                                          'midas_ref/inference/session.py'),
                                              'midas_ref.inference.session.StageClock.__call__': ( 'inference/session.html#stageclock.__call__',

@@ -290,7 +290,7 @@ def reader(tmp_path_factory):
     small_t5(64, 2).save_pretrained(folder); ByT5Tokenizer().save_pretrained(folder)
     cfg = r(small(), text=r(small().text, model=str(folder), tokens=12, width=64))
     midas = Midas(cfg, VideoDCAE(cfg.codec).eval(), WhisperVQ(cfg.audio).eval()).eval()
-    object.__setattr__(midas, 'words', text_encoder(cfg.text))
+    for k, v in dict(words=text_encoder(cfg.text), reader=cfg.text.model).items(): object.__setattr__(midas, k, v)
     return cfg, midas
 
 def test_captions_of_a_published_t5(reader, tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_captions_of_a_published_t5(reader, tmp_path, monkeypatch):
     took = Clips.__getitem__
     monkeypatch.setattr(Clips, '__getitem__', lambda self, i: r(took(self, i), meta=dict(fps=12.5, captions=self.words)))
     note, make = S.clip_shards(Clips(), midas, 12, per_shard=2)
-    assert note['captions'] and note['text'] == cfg.text.model
+    assert note['captions'] == note['text'] == cfg.text.model
     S.encode_shards(tmp_path, note, midas.audio.codebook.weight, make, say=lambda _: None, words=midas.words)
     with safe_open(tmp_path/'latents-000000.safetensors', 'pt') as f: assert f.get_slice('starts').get_shape() == [4] and f.get_slice('said').get_shape() == [8 + 4, 64]   # smiling and sad, with their end marks
     data, seen = S.Latents(tmp_path, cfg, 1), set()
@@ -317,7 +317,8 @@ def test_captions_of_a_published_t5(reader, tmp_path, monkeypatch):
     data = S.Latents(tmp_path, cfg, 2)
     step = S.JointStep(midas, data.activity(), settings()).settle('cpu')
     assert data.batch(0, 2)[2]['text'].shape == (2, 2, 12, 64) and step(data.batch(0, 2), .2, S.block_seed(0, 0))[0].isfinite()
-    with pytest.raises(ValueError, match='captions was True and is now False'): S.begin_encoding(tmp_path, note | dict(captions=False), midas.audio.codebook.weight)
+    for other in (None, 'another/t5'):
+        with pytest.raises(ValueError, match=f'captions was .* and is now {other}'): S.begin_encoding(tmp_path, note | dict(captions=other), midas.audio.codebook.weight)
 
 def test_text_of_a_session_with_a_published_t5(reader):
     cfg, midas = reader

@@ -98,6 +98,13 @@ def test_cuda(midas, sound):
     assert differ(np.concatenate([t[1] for t in turns]), Session(here, face(1), 5).push(x)) <= 1
     a.restart(); assert differ(a.push(x), got) <= 1
 
+def test_the_same_wish_is_read_once(midas, sound, monkeypatch):
+    asked, real = [], Midas.read_text
+    monkeypatch.setattr(Midas, 'read_text', lambda self, texts: asked.append(texts[0]) or real(self, texts))
+    s = Session(midas, face(0), 5)
+    for text in ('sad', 'sad', 'glad', '', '', 'glad'): s.steer(text=text); assert ('text' in s.signals()) == bool(text)
+    assert asked == ['sad', 'glad', 'glad']
+
 def test_an_error_in_the_second_thread_comes_to_the_caller(midas, sound, monkeypatch):
     import midas_ref.inference.session as S
     def fail(*a, **k): raise RuntimeError(f'no decoder in {threading.current_thread().name}')

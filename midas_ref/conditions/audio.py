@@ -8,7 +8,7 @@ __all__ = ['GRID', 'to_rate', 'check_audio', 'load_audio', 'mel_filters', 'Gathe
            'follow', 'unlike', 'align', 'grid_text', 'lip_score', 'pool_scores', 'grid_scores', 'grid_table',
            'train_audio_files']
 
-# %% ../../nbs/conditions/30_audio.ipynb #585cee8a
+# %% ../../nbs/conditions/30_audio.ipynb #e49593ff
 import dataclasses, importlib.util, json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from einops import rearrange, reduce
 from ..config import AudioConfig, preset
 from ..streaming import Streaming, StreamState, rope
 from ..data.clips import side
-from ..codec.train import agree, mean_over_ranks, rank, same_everywhere
+from ..codec.train import agree, mean_over_ranks, rank, same_everywhere, together
 from ..data.speech import HELD_OUT_LANGUAGES, LANGUAGES, MOUTH, PHONES, TRAIN_LANGUAGES, VISEMES, jobs, Speech, join, mouth_track, phoneme_at, segments, synth, synth_many, viseme, voices
 
 # %% ../../nbs/conditions/30_audio.ipynb #9a2dab95
@@ -303,7 +303,7 @@ class EncoderLayer(nn.Module):
         x = x + self.self_attn(self.self_attn_layer_norm(x), state)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
-# %% ../../nbs/conditions/30_audio.ipynb #a04f5723
+# %% ../../nbs/conditions/30_audio.ipynb #fdf48e5e
 class Codebook(nn.Module):
     "Vector quantisation; the entries follow the data by moving averages."
     decay, every, eps, commitment = .99, 100, 1e-5, 2.5   # of the averages; updates between restarts; smoothing; loss weight (0.25 x 10)
@@ -343,7 +343,7 @@ class Codebook(nn.Module):
     ):
         "One step of the moving averages, summed over all processes; now and then a restart of dead entries."
         k = len(self.ema_count)
-        count, total, many = torch.bincount(ids, minlength=k).float(), torch.zeros_like(self.ema_weight).index_add_(0, ids, x), torch.distributed.is_initialized()
+        count, total, many = torch.bincount(ids, minlength=k).float(), torch.zeros_like(self.ema_weight).index_add_(0, ids, x), together()
         if many: torch.distributed.all_reduce(count); torch.distributed.all_reduce(total)
         self.ema_count.lerp_(count, 1 - self.decay); self.ema_weight.lerp_(total, 1 - self.decay)
         self.updates += 1

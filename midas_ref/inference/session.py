@@ -186,7 +186,7 @@ def generate_offline(
         latents[:, t], noise[:, t] = rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), state.randn(n, c, dtype=x0.dtype)
     return midas.codec.decode(latents)[0].clamp(-1, 1)
 
-# %% ../../nbs/inference/60_session.ipynb #9d832780
+# %% ../../nbs/inference/60_session.ipynb #89d216bf
 class Wishes:
     "What a viewer has asked for, as signals for the chunks to come."
     def __init__(self, midas:Midas, level:int):
@@ -203,7 +203,9 @@ class Wishes:
         if expression is not None:
             if expression not in MOODS: raise ValueError(f"expression is {expression!r}; accepted: {', '.join(MOODS)}.")
             text = f'{MOODS[expression][0]}, talking'
-        if text is not None: self.wish, self.words = str(text), self.midas.read_text([str(text)])[:, None] if str(text).strip() else None
+        if text is not None and str(text) != self.wish:                                        # a viewer may ask for the same in every chunk
+            self.words = self.midas.read_text([str(text)])[:, None] if str(text).strip() else None
+            self.wish = str(text)
         if level is not None:
             if not 0 <= level < self.midas.cfg.noise.levels: raise ValueError(f"level is {level}; accepted: 0 to {self.midas.cfg.noise.levels - 1}.")
             self.level = int(level)
@@ -223,7 +225,7 @@ class Wishes:
         if self.words is not None: out['text'] = self.words
         return out
 
-# %% ../../nbs/inference/60_session.ipynb #12a0366b
+# %% ../../nbs/inference/60_session.ipynb #e4e083f7
 class Session(Wishes):
     "One live stream: sound in, pictures out."
     def __init__(self,
@@ -252,9 +254,12 @@ class Session(Wishes):
         self.buffer, self.given, self.drawn, self.current = np.zeros(0, np.float32), 0, 0, None
         if self.calls and self.calls.on and not any(s.busy for s in self.streams.states()):            # recordings know where these streams lie: keep them
             for s, seed in zip(self.streams.states(), (0, self.seed, 0)): s.reset(0, seed)
-        else:
-            self.streams = open_streams(self.midas, 1, self.seed)
-            self.calls = FrameCalls(self.midas, self.streams, self.steps, self.fast)
+        else: self.streams = open_streams(self.midas, 1, self.seed)
+
+    @property
+    def streams(self): return self.calls.streams
+    @streams.setter
+    def streams(self, streams): self.calls = FrameCalls(self.midas, streams, self.steps, self.fast)    # nothing is recorded of them yet
 
     def stream(self,
         samples,    # sound in [-1, 1], mono, float32 at 16 kHz, any number
@@ -268,7 +273,6 @@ class Session(Wishes):
         n = self.midas.cfg.chunk_samples
         while self.current or len(self.buffer) >= n:
             if not self.current:
-                if self.calls.streams is not self.streams: self.calls = FrameCalls(self.midas, self.streams, self.steps, self.fast)     # they were joined or split
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
                 self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.calls)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle

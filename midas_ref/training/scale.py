@@ -886,13 +886,13 @@ def plan_lines(
             f"checkpoint   {14*n/gib:.1f} GiB, every {tc.save_every:,} steps, the last {tc.keep} kept: {14*n*tc.keep/gib:.0f} GiB on disk",
             f"schedule     {tc.warm:,} steps of warm-up to {tc.lr:g}, cosine to {tc.lr*tc.final:g}; AdamW {tc.beta1:g} {tc.beta2:g}, weight decay {tc.decay:g}, clipping {tc.clip:g}"]
 
-# %% ../../nbs/training/51_deepspeed.ipynb #1133a073
+# %% ../../nbs/training/51_deepspeed.ipynb #b1dd05de
 def encoders(
     name:str,     # preset
     codec=None,   # see `frozen_parts`
     audio=None,   # see `frozen_parts`
     text=None,    # folder or hub id of a published T5; None takes that of the preset, 'none' leaves captions out (the preset 'tiny' learns its own T5 along with the rest)
-):                # has cfg, codec and audio, as a `Midas` has, and words: a `TextEncoder`, or None
+):                # has cfg, codec and audio, as a `Midas` has; reader: name of a T5, and words: its `TextEncoder`, or None
     "What encodes, without the joint model."
     from types import SimpleNamespace
     cfg, (codec, audio) = preset(name), frozen_parts(codec, audio)
@@ -902,7 +902,8 @@ def encoders(
         if has != wants: raise ValueError(f"The {what} is {has} wide, but the preset {name!r} wants {wants}; name another with --{what}.")
     if cfg.text.model == 'bytes' and text not in (None, 'none'): raise ValueError(f"The preset {name!r} has a text encoder of its own; leave --text out.")
     read = cfg.text.model != 'bytes' and text != 'none'
-    return SimpleNamespace(cfg=cfg, codec=codec, audio=audio, words=text_encoder(dataclasses.replace(cfg.text, model=text or cfg.text.model)) if read else None)
+    reader = (text or cfg.text.model) if read else None
+    return SimpleNamespace(cfg=cfg, codec=codec, audio=audio, reader=reader, words=text_encoder(dataclasses.replace(cfg.text, model=reader)) if read else None)
 
 def encoding_note(
     midas,             # with codec and tokenizer
@@ -912,7 +913,7 @@ def encoding_note(
     "What a reader has to know about encoded clips."
     from midas_ref.training.train import tokenizer_hash
     c = midas.cfg
-    words = {} if c.text.model == 'bytes' else dict(captions=getattr(midas, 'words', None) is not None)
+    words = {} if c.text.model == 'bytes' else dict(captions=getattr(midas, 'reader', None))                 # which T5 read them, if any
     return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, codec_hash=midas.codec.fingerprint(), audio_hash=tokenizer_hash(midas.audio), **words)
 
 def begin_encoding(
