@@ -158,7 +158,7 @@ def train_probe(a):
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
 
-# %% ../nbs/90_cli.ipynb #d04ae42e
+# %% ../nbs/90_cli.ipynb #a5f326d7
 @command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
     option('out', metavar='OUT', help='folder for checkpoint, log, strips of pictures and codec'),
     option('--stage', type=int, choices=(1, 2, 3), default=1, help='1 pictures, 2 layers over time alone, 3 everything on clips (default 1)'),
@@ -190,8 +190,7 @@ def _codec_data(a, device):
         return T.RealClips(Shards(a.data), (batch, frames), device)
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.data.probes import People, mouth_pool
-    rank, world = T.rank(), int(os.environ.get('WORLD_SIZE', 1))                # every process has people of its own
-    people = People(a.people, mouth_pool(300), a.first + rank*(TEST_IDENTITIES//world), device, seed=rank, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
+    people = People(a.people, mouth_pool(300), a.first + T.rank()*(TEST_IDENTITIES//T.world()), device, seed=T.rank(), workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)   # every process has people of its own
     if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames), ahead=8 if device != 'cpu' else 1)
     n = min(16, a.people, batch)
     return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if device != 'cpu' else 1)
@@ -215,7 +214,7 @@ def data_scenes(a):
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 
-# %% ../nbs/90_cli.ipynb #9ee5d4ab
+# %% ../nbs/90_cli.ipynb #0eedc5f7
 @command('train model', 'train backbone, head and projectors together (page 50); under torchrun or deepspeed on many GPUs (page 51)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/paper --preset paper --data latents --dry-run --gpus 64\ntorchrun --no-python --nproc-per-node 8 midas-ref train model runs/paper --preset paper --data latents --backbone Qwen/Qwen2.5-3B --resume',
     option('out', metavar='OUT', help='folder for checkpoints, log and model'),
     option('--data', metavar='DATA', required=True, help='file that midas-ref data scenes wrote (one device, or a few under torchrun), folder that midas-ref data encode wrote, or synthetic (both under torchrun or deepspeed)'),
@@ -238,7 +237,7 @@ def train_model(a):
     if a.dry_run or scale.launched() and not scenes: return train_many(a)
     for name, given in (('--set', a.set), ('--backbone', a.backbone), ('--stop-after', a.stop_after), ('--gpus', a.gpus)):
         if given: raise ValueError(f"{name} is for encoded data under torchrun or deepspeed; put for example this before the command: torchrun --no-python --nproc-per-node 1")
-    from midas_ref.codec.train import join_ranks, rank
+    from midas_ref.codec.train import join_ranks, rank, world
     from midas_ref.data import probes
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.training import train as T
@@ -247,9 +246,8 @@ def train_model(a):
     if a.begin >= a.end: raise ValueError(f"--begin is {a.begin:g} and --end {a.end:g}; the second must be larger.")
     if a.resume and not (out/'checkpoint.safetensors').is_file(): raise FileNotFoundError(f"--resume: no checkpoint at {out/'checkpoint.safetensors'}; start without it.")
     midas = midas.to(device)
-    world = int(os.environ.get('WORLD_SIZE', 1))                                # every process has scenes and people of its own
-    people = probes.People(a.people, probes.mouth_pool(1), a.first + rank()*(TEST_IDENTITIES//world), device, workers=a.workers, bake_on=a.bake_on)
-    pool = T.draw_pool(scenes.part(rank(), world), people, midas, say=print)
+    people = probes.People(a.people, probes.mouth_pool(1), a.first + rank()*(TEST_IDENTITIES//world()), device, workers=a.workers, bake_on=a.bake_on)   # every process has people and scenes of its own
+    pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print)
     del people
     trainer = T.JointTrainer(midas, pool.activity())
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')

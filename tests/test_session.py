@@ -76,8 +76,8 @@ def test_recorded_calls_give_the_same_frames(midas, sound, monkeypatch):
         return np.concatenate(out)
     for frames in (None, 3, 1):
         plain, s = Session(midas, face(0), 5, frames), Session(midas, face(0), 5, frames, fast=True)
-        assert not s.calls.on                                                      # no GPU here
-        s.calls.on = True; made.clear()
+        assert s.streams.kept is None                                              # no GPU here
+        s.streams.kept = {}; made.clear()
         want = run(plain)
         assert (run(s) == want).all() and sorted(made) == (['follow', 'read', 'show'] if frames != 1 else ['follow', 'show'])
         assert (run(s) == want).all() and len(made) <= 3                           # a restart keeps the recordings
@@ -93,7 +93,7 @@ def test_cuda(midas, sound):
     got, a, b = plain.push(x), Session(here, face(0), 5, fast=True), Session(here, face(1), 5, fast=True)
     assert got.shape == cpu.shape                                                  # its generator draws other noise
     turns = [(a.push(x[k*N:(k+1)*N]), b.push(x[k*N:(k+1)*N])) for k in range(4)]
-    assert a.calls.on and len(a.calls.kept) == 3
+    assert len(a.streams.kept) == 3
     assert differ(np.concatenate([t[0] for t in turns]), got) <= 1
     assert differ(np.concatenate([t[1] for t in turns]), Session(here, face(1), 5).push(x)) <= 1
     a.restart(); assert differ(a.push(x), got) <= 1

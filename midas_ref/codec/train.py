@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
-           'near_identity', 'average', 'join_ranks', 'together', 'rank', 'mean_over_ranks', 'same_everywhere', 'agree',
-           'record', 'SpatialTrainer', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog', 'train_codec',
-           'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'codec_trainer', 'exam_hash',
-           'exam']
+           'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
+           'agree', 'record', 'SpatialTrainer', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog',
+           'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips',
+           'codec_trainer', 'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -141,7 +141,7 @@ def average(
     for a, b in pairs:
         if not a.is_floating_point(): a.copy_(b)
 
-# %% ../../nbs/codec/24_train.ipynb #3e34123a
+# %% ../../nbs/codec/24_train.ipynb #3aa42a1a
 def join_ranks(
     device:str='cpu',   # 'cpu' or 'cuda'
 )->str:                 # the device of this process
@@ -154,6 +154,7 @@ def join_ranks(
 
 def together()->bool: return dist.is_available() and dist.is_initialized()
 def rank()->int: return dist.get_rank() if together() else 0
+def world()->int: return dist.get_world_size() if together() else 1
 
 @torch.no_grad()
 def mean_over_ranks(
@@ -166,7 +167,7 @@ def mean_over_ranks(
     grads = [p.grad for p in params]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    torch._foreach_copy_(grads, [v.view_as(g) for v, g in zip((flat/dist.get_world_size()).split([g.numel() for g in grads]), grads)])
+    torch._foreach_copy_(grads, [v.view_as(g) for v, g in zip((flat/world()).split([g.numel() for g in grads]), grads)])
 
 @torch.no_grad()
 def same_everywhere(

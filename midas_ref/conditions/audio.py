@@ -8,8 +8,8 @@ __all__ = ['GRID', 'to_rate', 'check_audio', 'load_audio', 'mel_filters', 'Gathe
            'follow', 'unlike', 'align', 'grid_text', 'lip_score', 'pool_scores', 'grid_scores', 'grid_table',
            'train_audio_files']
 
-# %% ../../nbs/conditions/30_audio.ipynb #e49593ff
-import dataclasses, importlib.util, json, math, os, time
+# %% ../../nbs/conditions/30_audio.ipynb #a47808a0
+import dataclasses, importlib.util, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from einops import rearrange, reduce
 from ..config import AudioConfig, preset
 from ..streaming import Streaming, StreamState, rope
 from ..data.clips import side
-from ..codec.train import agree, mean_over_ranks, rank, same_everywhere, together
+from ..codec.train import agree, mean_over_ranks, rank, same_everywhere, together, world
 from ..data.speech import HELD_OUT_LANGUAGES, LANGUAGES, MOUTH, PHONES, TRAIN_LANGUAGES, VISEMES, jobs, Speech, join, mouth_track, phoneme_at, segments, synth, synth_many, viseme, voices
 
 # %% ../../nbs/conditions/30_audio.ipynb #9a2dab95
@@ -642,7 +642,7 @@ def speech_set(
         parts.append((np.round(np.clip(line.samples, -1, 1)*32767).astype(np.int16), v.astype(np.uint8), p.astype(np.uint8), m.astype(np.float16), np.full(n, names.index(said.lang), np.uint8)))
     return SpeechSet(*(torch.from_numpy(np.concatenate(c)) for c in zip(*parts)))
 
-# %% ../../nbs/conditions/30_audio.ipynb #a8a07a82
+# %% ../../nbs/conditions/30_audio.ipynb #4989d428
 @torch.enable_grad()
 def train_audio(
     model:WhisperVQ,          # the tokenizer, trained in place
@@ -661,7 +661,6 @@ def train_audio(
 )->list:                      # notes: step, seconds, loss, viseme accuracy and entries in use
     "Teach the tokenizer mouths; ends in eval mode."
     if not steps and not minutes: raise ValueError("train_audio needs an end: give steps or minutes.")
-    torch.manual_seed(seed)
     tokens, params = min(round(seconds*12.5), len(data)), [p for m in (model, heads) for p in m.parameters() if p.requires_grad]
     same_everywhere(params); torch.manual_seed(seed + rank())                     # many processes: equal weights, batches of their own
     opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=.01)
@@ -897,7 +896,7 @@ def grid_table(
     wide = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     return '\n'.join('  '.join(f'{x:{w}}' for x, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../../nbs/conditions/30_audio.ipynb #e2b6459a
+# %% ../../nbs/conditions/30_audio.ipynb #763d9cc5
 def train_audio_files(
     out:str|Path,            # where to write, a name that ends in .safetensors; the report lies beside it as .json
     hours:float=20.,         # speech to synthesise for training, by all processes together
@@ -925,7 +924,7 @@ def train_audio_files(
     start = time.monotonic()
     judges = {split: speech_set(speech_jobs(judge, 1_000_003 + i, split), workers, i).to(device) for i, split in enumerate(('voices', 'languages'))} if not rank() else {}
     part = seed + 10_000*rank()
-    todo = speech_jobs(max(16, round(hours*3600/3.9/int(os.environ.get('WORLD_SIZE', 1)))), part, 'train', flite)
+    todo = speech_jobs(max(16, round(hours*3600/3.9/world())), part, 'train', flite)
     data, real = speech_set(todo, workers, part), sum(j.engine == 'flite' for j in todo)/len(todo)
     say(f'{data} for training, {real:.0%} of it by flite' + (' (which is not installed)' if flite and not real else '') + f', made in {time.monotonic() - start:.0f} s', flush=True)
     torch.manual_seed(seed)

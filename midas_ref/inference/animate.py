@@ -4,7 +4,7 @@
 __all__ = ['place', 'share_cores', 'load_model', 'random_model', 'load_voice', 'drawn', 'read_pose', 'noted_ctrl_c', 'memory',
            'Run', 'animate', 'babble', 'bench_stream']
 
-# %% ../../nbs/inference/62_animate.ipynb #ac297295
+# %% ../../nbs/inference/62_animate.ipynb #7c26c1a6
 import contextlib, os, signal, sys, threading, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..codec.temporal import VideoDCAE
 from ..conditions.audio import WhisperVQ
 from ..conditions.pose import HEAD, JointVelocity, at_fps, read_landmarks, select
 from ..model.midas import Midas
-from .session import FrameCalls, Session, StageClock, draw_chunk, open_streams, untimed
+from .session import Session, StageClock, draw_chunk, open_streams, untimed
 from .video import VideoWriter, is_drawn, read_audio
 
 # %% ../../nbs/inference/62_animate.ipynb #8266405a
@@ -184,7 +184,7 @@ def animate(
             video.close()
     return Run(clock, waits, video.frames, wanted, seconds, cfg.video.fps)
 
-# %% ../../nbs/inference/62_animate.ipynb #86a0dcec
+# %% ../../nbs/inference/62_animate.ipynb #12f0c3c7
 def babble(
     seconds:float,           # length
     seed:int=0,              # of the noise
@@ -209,12 +209,11 @@ def _together(midas, faces, chunks, clock, frames, overlap, level, fast):
     "The same with all sessions in one batch."
     one = Session(midas, faces[0], frames=frames, overlap=overlap)             # for its pool, and the model of its chunk length
     with torch.no_grad(): refs = midas.codec.encode(torch.stack(faces)[:, None].to(midas.codec.mean))[:, 0]
-    streams = open_streams(one.midas, len(faces), list(range(len(faces))))
-    calls = FrameCalls(one.midas, streams, on=fast)
+    streams = open_streams(one.midas, len(faces), list(range(len(faces))), fast)
     def draw(k):
         start, first = time.perf_counter(), None
         sound = torch.from_numpy(np.stack([chunks(k, i) for i in range(len(faces))])).to(refs.device)
-        for x in draw_chunk(one.midas, streams, sound, refs, {}, level, clock=clock, pool=one.pool, calls=calls): first = first or (x.cpu(), time.perf_counter() - start)[1]
+        for x in draw_chunk(one.midas, streams, sound, refs, {}, level, clock=clock, pool=one.pool): first = first or (x.cpu(), time.perf_counter() - start)[1]
         return [first]*len(faces)
     return draw, lambda: streams.nbytes
 

@@ -24,13 +24,14 @@ from ..conditions.pose import Motion
 from ..model.flow import sample
 from ..model.midas import Midas
 
-# %% ../../nbs/inference/60_session.ipynb #debaf35d
+# %% ../../nbs/inference/60_session.ipynb #518c07f0
 @dataclass
 class Streams:
     "The memory of one or more live streams of one model."
     audio:StreamState     # of the audio tokenizer
     model:StreamState     # of the joint model
     decoder:StreamState   # of the codec's decoder
+    kept:dict|None=None   # recordings of calls that change them, see `FrameCalls`; None: nothing is recorded
 
     def __len__(self): return len(self.model)
     def states(self): return [self.audio, self.model, self.decoder]
@@ -41,9 +42,11 @@ def open_streams(
     midas:Midas,           # with codec and tokenizer
     batch:int=1,           # how many
     seed:int|list=0,       # of their noise: of the first, or one for each
+    fast:bool=False,       # on a GPU: record the calls of a frame
 )->Streams:
     "New streams, with nothing in them."
-    return Streams(midas.audio.init_state(batch), midas.init_state(batch, seed), midas.codec.init_decode_state(batch))
+    model = midas.init_state(batch, seed)
+    return Streams(midas.audio.init_state(batch), model, midas.codec.init_decode_state(batch), {} if fast and model.device.type == 'cuda' else None)
 
 def join_streams(
     parts:list,            # `Streams` of one model
@@ -84,7 +87,7 @@ class StageClock:
 @contextmanager
 def untimed(stage): yield
 
-# %% ../../nbs/inference/60_session.ipynb #4a18f7a4
+# %% ../../nbs/inference/60_session.ipynb #37769b04
 def record(
     f,               # function of tensors that may change slots of streams
     inputs:tuple,    # tensors on a GPU, of the shapes of all later calls
@@ -104,25 +107,24 @@ def record(
     return graph, places, out
 
 class FrameCalls:
-    "The calls of a frame for one set of streams: on a GPU recorded on first use and replayed from then on, elsewhere made as they are."
+    "The calls of a frame: where the streams keep recordings, recorded on first use and replayed from then on, elsewhere made as they are."
     def __init__(self,
         midas:Midas,           # or one of its `with_frames`
         streams:Streams,       # rows of this model
         steps:int|None=None,   # denoising steps
-        on:bool=True,          # False: never record
     ):
-        self.midas, self.streams, self.steps, self.kept = midas, streams, steps or midas.cfg.head.steps, {}
-        self.on = on and streams.model.device.type == 'cuda'
+        self.midas, self.streams, self.steps = midas, streams, steps
 
     def call(self, f, *inputs):
-        if not self.on: return f(*inputs)
-        if f.__name__ not in self.kept: self.kept[f.__name__] = record(f, inputs, [self.streams.model, self.streams.decoder])
-        graph, places, out = self.kept[f.__name__]
+        kept, name = self.streams.kept, (f.__name__, self.steps)
+        if kept is None: return f(*inputs)
+        if name not in kept: kept[name] = record(f, inputs, [self.streams.model, self.streams.decoder])
+        graph, places, out = kept[name]
         for place, x in zip(places, inputs): place.copy_(x)
         graph.replay()
         return out.clone()
 
-    def follow(self, z, noise): return sample(self.midas.head, z, noise, self.steps)
+    def follow(self, z, noise): return self.midas.draw(z, self.streams.model, self.steps, noise)
     def read(self, x0, ids, noise): return self.midas.accept(x0, self.streams.model, ids, noise=noise)
     def show(self, z): return decode_frame(self.midas.codec, z, self.streams.decoder, check=False)
 
@@ -131,7 +133,7 @@ class FrameCalls:
     def accept(self, x0, level): return self.call(self.read, x0, torch.as_tensor(level, device=x0.device).expand(len(x0)), self.noise(x0))   # as `Midas.accept`, but for the last frame of a chunk
     def decode(self, z): return self.call(self.show, z)                                                        # as `decode_frame`
 
-# %% ../../nbs/inference/60_session.ipynb #5600d9b9
+# %% ../../nbs/inference/60_session.ipynb #f5cd6587
 @torch.no_grad()
 def draw_chunk(
     midas:Midas,           # or one of its `with_frames`
@@ -143,11 +145,9 @@ def draw_chunk(
     steps:int|None=None,   # denoising steps
     clock=untimed,         # a `StageClock`
     pool=None,             # an executor that decodes while the next frame is drawn; None: one after the other
-    calls=None,            # `FrameCalls` of these streams; None: nothing is recorded
 ):
     "Yield the frames of a chunk, each (b, 3, h, w) in [-1, 1]."
-    f, calls = midas.layout.frames, calls or FrameCalls(midas, streams, steps, on=False)
-    if calls.streams is not streams: raise ValueError("These calls belong to other streams; make FrameCalls for the streams that are drawn.")
+    f, calls = midas.layout.frames, FrameCalls(midas, streams, steps)
     def decode(x0):
         with torch.no_grad(), clock('decode'):                # `no_grad` does not reach into another thread
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
@@ -225,7 +225,7 @@ class Wishes:
         if self.words is not None: out['text'] = self.words
         return out
 
-# %% ../../nbs/inference/60_session.ipynb #e4e083f7
+# %% ../../nbs/inference/60_session.ipynb #cc9dd76b
 class Session(Wishes):
     "One live stream: sound in, pictures out."
     def __init__(self,
@@ -240,7 +240,7 @@ class Session(Wishes):
         fast:bool=False,         # on a GPU: record the calls of a frame as CUDA graphs, which takes some seconds in the first chunk; elsewhere no difference
     ):
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level)
-        self.seed, self.steps, self.clock, self.pool, self.fast, self.calls = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None
+        self.seed, self.steps, self.clock, self.pool, self.fast, self.streams = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None
         self.show(portrait)
 
     def show(self, portrait):
@@ -252,14 +252,9 @@ class Session(Wishes):
     def restart(self):
         "Forget all sound and all frames; the portrait and the wishes stay."
         self.buffer, self.given, self.drawn, self.current = np.zeros(0, np.float32), 0, 0, None
-        if self.calls and self.calls.on and not any(s.busy for s in self.streams.states()):            # recordings know where these streams lie: keep them
+        if self.streams and self.streams.kept and not any(s.busy for s in self.streams.states()):      # recordings know where these streams lie: keep them
             for s, seed in zip(self.streams.states(), (0, self.seed, 0)): s.reset(0, seed)
-        else: self.streams = open_streams(self.midas, 1, self.seed)
-
-    @property
-    def streams(self): return self.calls.streams
-    @streams.setter
-    def streams(self, streams): self.calls = FrameCalls(self.midas, streams, self.steps, self.fast)    # nothing is recorded of them yet
+        else: self.streams = open_streams(self.midas, 1, self.seed, self.fast)
 
     def stream(self,
         samples,    # sound in [-1, 1], mono, float32 at 16 kHz, any number
@@ -274,7 +269,7 @@ class Session(Wishes):
         while self.current or len(self.buffer) >= n:
             if not self.current:
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
-                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.calls)
+                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
                 if limit is None or self.drawn < limit: self.drawn += 1; yield to_bytes(x[0])
             self.current = None
