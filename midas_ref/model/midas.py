@@ -188,7 +188,7 @@ class TeacherForcing(Parts):
         split = {k: out[k].unflatten(1, (b, t)) for k in ('per_token', 'x0_hat', 't')}
         return dict(loss=out['loss'], z=z, ids=ids, **split)
 
-# %% ../../nbs/model/46_midas.ipynb #9b538c20
+# %% ../../nbs/model/46_midas.ipynb #016d49a4
 class Live(TeacherForcing, Streaming):
     "Generation, one chunk and one frame at a time; all memory is in the state."
     def last_frame(self, state:StreamState)->tuple:
@@ -233,8 +233,7 @@ class Live(TeacherForcing, Streaming):
         noise:Tensor|None=None,  # standard normal, (b, n, c); None draws it from the streams
     )->Tensor:                 # a clean frame, (b, n, c)
         "Draw a frame, without reading it."
-        noise = state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype) if noise is None else noise
-        return sample(self.head, z, noise, steps or self.cfg.head.steps)
+        return sample(self.head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype) if noise is None else noise, steps or self.cfg.head.steps)
 
     def next_frame(self,
         z:Tensor,              # what conditions it, (b, n, d)
