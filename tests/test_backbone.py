@@ -96,10 +96,12 @@ def test_other_layouts(names, full):
     x = rand(1, 9*net.layout.tokens, D)
     close(replay(net, x, net.init_state()), conditions(net, net(x)))
 
-def test_growing_cache_group_by_group_of_the_stock_model():
-    net = make(window=2)
-    x, allowed, q, cache, out = rand(1, 6*LAYOUT.tokens, D), mask_loop(LAYOUT, 6, 2)[None, None], stock(net), DynamicCache(), []
-    edges = sorted({c*LAYOUT.tokens + e for c in range(6) for s in LAYOUT.spans if s.kind in ('reference', 'frame') for e in (s.start, s.stop)} | {0})
+@pytest.mark.parametrize('frames, window, chunks', [(LAYOUT.frames, 2, 6), (1, 8, 20), (2, 8, 20), (3, 8, 20), (6, 8, 20)])
+def test_growing_cache_group_by_group_of_the_stock_model(frames, window, chunks):
+    net = make(Layout((('audio', frames), ('text', 2)), 3, frames), window)
+    layout = net.layout
+    x, allowed, q, cache, out = rand(1, chunks*layout.tokens, D), mask_loop(layout, chunks, window)[None, None], stock(net), DynamicCache(), []
+    edges = sorted({c*layout.tokens + e for c in range(chunks) for s in layout.spans if s.kind in ('reference', 'frame') for e in (s.start, s.stop)} | {0})
     with torch.no_grad():
         for a, b in zip(edges, edges[1:]):
             out.append(q(inputs_embeds=x[:, a:b], attention_mask=allowed[..., a:b, :b], position_ids=torch.arange(a, b)[None], past_key_values=cache).last_hidden_state)
