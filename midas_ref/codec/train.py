@@ -213,7 +213,7 @@ class SpatialTrainer:
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
     ):
         self.model, self.z_noise, self.late, self.lr, self.step = model, z_noise, late, lr, 0
-        self.w = dict(pixel=1., edge=.5, structure=.3, feature=.06, critic=.02, change=1.)
+        self.w = dict(pixel=1., edge=.5, structure=.5, feature=.06, critic=.02, change=1.)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)
