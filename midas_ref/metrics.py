@@ -10,7 +10,7 @@ from torch import Tensor
 from einops import reduce
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-# %% ../nbs/02_metrics.ipynb #9a68c620
+# %% ../nbs/02_metrics.ipynb #8391b779
 def _frames(x, y, mask):
     "Check two videos and a mask; returns them as (n, c, h, w), (n, 1, h, w) and the leading shape."
     if x.shape != y.shape or x.ndim < 4: raise ValueError(f"Both videos must be (..., t, c, h, w) of one shape; they are {tuple(x.shape)} and {tuple(y.shape)}.")
@@ -44,7 +44,7 @@ def ssim(
     "Structural similarity on a region: the mean of its map (torchmetrics; windows of 11 pixels reach 5 across the border)."
     x, y, mask, lead = _frames(x, y, mask)
     if min(x.shape[-2:]) < 11: raise ValueError(f"SSIM needs frames of 11 x 11 pixels or more; these are {tuple(x.shape[-2:])}.")
-    _, full = structural_similarity_index_measure(x, y, data_range=2., reduction='none', return_full_image=True)
+    _, full = structural_similarity_index_measure(x/2 + .5, y/2 + .5, data_range=1., reduction='none', return_full_image=True)
     return torch.stack([f[m].mean() for f, m in zip(full, mask.expand_as(full))]).reshape(lead)
 
 # %% ../nbs/02_metrics.ipynb #efe168cf

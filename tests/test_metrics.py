@@ -16,6 +16,16 @@ def test_masks_per_frame():
     assert abs(psnr(y, x, mask)[1].item() - 20) < 1e-3 and torch.isinf(psnr(y, x, mask)[0])
     assert ssim(y, x, mask).shape == (3,)
 
+def test_ssim_is_that_of_brightness_from_black():
+    x = v(1, 3, 11, 11); y = (x + .2*v(1, 3, 11, 11)).clamp(-1, 1); centre = torch.zeros(11, 11); centre[5, 5] = 1
+    g = torch.exp(-(torch.arange(11.) - 5)**2/4.5); w = (g[:, None]*g[None])/g.sum()**2            # the window of Wang et al. 2004, on bytes
+    a, b = ((u[0].double() + 1)*127.5 for u in (x, y))
+    mean = lambda u: (u*w).sum((1, 2))
+    ma, mb = mean(a), mean(b); va, vb, ab = mean(a*a) - ma**2, mean(b*b) - mb**2, mean(a*b) - ma*mb
+    c, d = (.01*255)**2, (.03*255)**2
+    want = ((2*ma*mb + c)*(2*ab + d)/((ma**2 + mb**2 + c)*(va + vb + d))).mean()
+    assert abs(ssim(x, y, centre).item() - want.item()) < 1e-4
+
 def test_flicker_only_counts_still_pixels():
     x = torch.zeros(4, 3, 8, 8); x[1::2, :, :4] = 1.
     still = torch.ones(8, 8); still[:4] = 0
