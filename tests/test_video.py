@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image, ImageCms
 from midas_ref.codec.dcae import DCAE
+from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.data.shards import RATE, media_frames, media_sound, write_av
 from midas_ref.inference import video as V
 av = pytest.importorskip('av'); soundfile = pytest.importorskip('soundfile'); pytest.importorskip('cv2')
@@ -486,7 +487,7 @@ def test_frame_box_property():
 
 def test_the_bundled_codec_has_a_threshold():
     "After a new codec: run the slow cells of page 61 with MIDAS_REAL and store the threshold that they print."
-    codec = DCAE.from_pretrained(ROOT/'data_samples'/'weights'/'codec')
+    codec = VideoDCAE.from_pretrained(ROOT/'data_samples'/'weights'/'codec')
     assert codec.fingerprint() in V.THRESHOLDS
     assert all(V.is_drawn(codec, V.load_portrait(p)) is True for p in sorted(PORTRAITS.glob('*.png'))[::3])
     noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))*2 - 1
@@ -494,14 +495,13 @@ def test_the_bundled_codec_has_a_threshold():
 
 @real
 def test_photographs_are_not_drawn(tmp_path):
-    codec = DCAE.from_pretrained(ROOT/'data_samples'/'weights'/'codec')
+    codec = VideoDCAE.from_pretrained(ROOT/'data_samples'/'weights'/'codec')
     if codec.fingerprint() not in V.THRESHOLDS: pytest.skip('unknown codec')
     for f in sorted(REAL.glob('*.mp[g4]')):
         frame = list(itertools.islice(media_frames(f, 'video'), 41))[-1].to_ndarray(format='rgb24'); Image.fromarray(frame).save(tmp_path/'x.png')
         assert V.is_drawn(codec, V.load_portrait(tmp_path/'x.png')) is False
 
 def test_an_unknown_codec_is_said_to_be_unknown():
-    from midas_ref.codec.temporal import VideoDCAE
     from midas_ref.config import preset
     for cls in (DCAE, VideoDCAE):
         codec = cls(preset('tiny').codec).eval()

@@ -26,7 +26,7 @@ from .blocks import GatedConv, LinearAttention, ResBlock
 from .dcae import DCAE, fit_statistics, load_dcae, read_safetensors
 from .temporal import VideoDCAE
 
-# %% ../../nbs/codec/24_train.ipynb #d52edb8a
+# %% ../../nbs/codec/24_train.ipynb #8b90c125
 @torch.no_grad()
 def face_masks(
     points:Tensor,   # keypoints in pixels, (n, k, 2), column then row, in the order of `KEYPOINTS`
@@ -45,13 +45,13 @@ def placed_mean(
     error:Tensor,    # (n, c, h, w)
     masks:Tensor,    # (n, 2, h, w)
 )->Tensor:           # scalar
-    "Eyes three tenths, mouth two, the rest one half."
+    "Eyes two fifths, mouth a fifth, the rest two fifths."
     e = error.mean(1)
     rest = (1 - masks.amax(1))
     mean = lambda m: (e*m).sum() / m.sum().clamp(min=1)
-    return .3*mean(masks[:, 0]) + .2*mean(masks[:, 1]) + .5*mean(rest)
+    return .4*mean(masks[:, 0]) + .2*mean(masks[:, 1]) + .4*mean(rest)
 
-# %% ../../nbs/codec/24_train.ipynb #44034a92
+# %% ../../nbs/codec/24_train.ipynb #ed7634b2
 def edge_error(
     x:Tensor,  # (n, c, h, w)
     y:Tensor,  # same shape
@@ -66,10 +66,10 @@ def structure_error(
     every:int=1,  # look at every so many pixels only: windows overlap, so little is lost
 )->Tensor:     # 0 to 2, (n, c, h/every, w/every)
     "One minus SSIM, with plain windows of 7 x 7 pixels instead of Gaussian ones of 11."
-    mean = lambda a: F.avg_pool2d(a, 7, every, 3, count_include_pad=False)
+    x, y, mean = x/2 + .5, y/2 + .5, lambda a: F.avg_pool2d(a, 7, every, 3, count_include_pad=False)
     mx, my = mean(x), mean(y)
     vx, vy, both = mean(x*x) - mx*mx, mean(y*y) - my*my, mean(x*y) - mx*my
-    a, b = .02**2, .06**2                                                      # (0.01 and 0.03 of the range)²
+    a, b = .01**2, .03**2                                                      # of a range of 1 that begins with black, see page 02
     return 1 - (2*mx*my + a)*(2*both + b) / ((mx*mx + my*my + a)*(vx + vy + b))
 
 class FeatureLoss(nn.Module):
@@ -200,7 +200,7 @@ def record(
         trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(*zip(*parts))
     trainer.record = False
 
-# %% ../../nbs/codec/24_train.ipynb #8d9eb268
+# %% ../../nbs/codec/24_train.ipynb #54f2b71d
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
@@ -213,7 +213,7 @@ class SpatialTrainer:
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
     ):
         self.model, self.z_noise, self.late, self.lr, self.step = model, z_noise, late, lr, 0
-        self.w = dict(pixel=1., edge=.5, structure=.5, feature=.06, critic=.02, change=1.)
+        self.w = dict(pixel=1., edge=.5, structure=.8, feature=.06, critic=.02, change=1.)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)

@@ -31,7 +31,7 @@ from ..conditions.text import byte_ids
 from ..model.flow import sample
 from ..model.midas import Midas, by_chunk
 
-# %% ../../nbs/training/50_train.ipynb #c0f0e6c8
+# %% ../../nbs/training/50_train.ipynb #d9788e18
 @dataclass
 class Scenes:
     "Scenes without pictures: motion, audio tokens and captions, all at the frame rate."
@@ -53,7 +53,7 @@ class Scenes:
         "One safetensors file."
         from safetensors.torch import save_file
         path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(motion=self.motion, audio=self.audio, words=self.words), path, dict(captions=json.dumps(self.captions), fps=str(self.fps), audio_hash=self.audio_hash))
+        save_file({k: getattr(self, k).contiguous() for k in ('motion', 'audio', 'words')}, path, dict(captions=json.dumps(self.captions), fps=str(self.fps), audio_hash=self.audio_hash))
 
     @classmethod
     def load(cls, path):
@@ -147,7 +147,7 @@ class Pool:
         signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known)), text=self.text[scene[:, None], chunk_of].long())
         return at(self.latents).float(), self.reference[scene, draw(self.reference.shape[1])].float(), signals, at(self.mouth)
 
-# %% ../../nbs/training/50_train.ipynb #333f7550
+# %% ../../nbs/training/50_train.ipynb #4c9a5a44
 def check_scenes(
     scenes:Scenes,   # any
     midas:Midas,     # with its tokenizer
@@ -162,23 +162,24 @@ def draw_pool(
     people,                # a crowd, see `People` of page 14
     midas:Midas,           # its codec and tokenizer, on the device of the crowd
     references:int=2,      # portraits of each person
-    together:int=4,        # scenes drawn at once
+    together:int|None=None,  # scenes drawn at once; None: 4, on a GPU 16
+    frames:int|None=None,  # and frames of each; None: 24, on a GPU 128, so that scenes of 120 frames with 8 portraits are drawn in one piece
     say=None,              # called with a line now and then
 )->Pool:
     "Play every scene with somebody of the crowd and encode it."
-    dev, codec, start, together = people.device, midas.codec, time.time(), min(together, len(scenes))
+    dev, codec, start, gpu = people.device, midas.codec, time.time(), str(people.device).startswith('cuda')
     check_scenes(scenes, midas)
-    half = torch.autocast('cuda', torch.bfloat16, enabled=str(dev).startswith('cuda'))
+    together, frames = min(together or (16 if gpu else 4), len(scenes)), frames or (128 if gpu else 24)
+    half = torch.autocast('cuda', torch.bfloat16, enabled=gpu)
     z, refs, moves, seen = [], [], [], []
     for k in range(0, len(scenes) - together + 1, together):
         m = scenes.motion[k:k+together].to(dev).float()/127
         who = torch.arange(k, k+together, device=dev) % len(people.layers)
         layers = people.layers[who]
-        r = torch.cat([reference_motion(7*k + i) for i in range(together*references)], 1).to(dev).view(together, references, -1)
+        r = torch.cat([reference_motion(k*references + i) for i in range(together*references)], 1).to(dev).view(together, references, -1)
+        x, portrait = torch.cat([people.draw(who, part) for part in torch.cat([m, r], 1).split(frames, 1)], 1).to(codec.mean.dtype).split([m.shape[1], references], 1)
         with half:
-            x = torch.cat([people.draw(who, part) for part in m.split(24, 1)], 1).to(codec.mean.dtype)
             z.append(codec.encode(x, check=False).half())
-            portrait = people.draw(who, r).to(codec.mean.dtype)
             refs.append(codec.encode(portrait.flatten(0, 1)[:, None], check=False)[:, 0].unflatten(0, (together, references)).half())
         v = JointVelocity(12, fps=scenes.fps)(in_heights(keypoints(layers, m)[:, :, :12], 256, 256))
         moves.append(v.velocity); seen.append(v.known)
