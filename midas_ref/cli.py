@@ -214,7 +214,7 @@ def data_scenes(a):
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 
-# %% ../nbs/90_cli.ipynb #c60cc486
+# %% ../nbs/90_cli.ipynb #79ef652d
 @command('train model', 'train backbone, head and projectors together (page 50); under torchrun or deepspeed on many GPUs (page 51)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/paper --preset paper --data latents --dry-run --gpus 64\ntorchrun --no-python --nproc-per-node 8 midas-ref train model runs/paper --preset paper --data latents --backbone Qwen/Qwen2.5-3B --resume',
     option('out', metavar='OUT', help='folder for checkpoints, log and model'),
     option('--data', metavar='DATA', required=True, help='file that midas-ref data scenes wrote (one device, or a few under torchrun), folder that midas-ref data encode wrote, or synthetic (both under torchrun or deepspeed)'),
@@ -246,9 +246,9 @@ def train_model(a):
     if a.begin >= a.end: raise ValueError(f"--begin is {a.begin:g} and --end {a.end:g}; the second must be larger.")
     if a.resume and not (out/'checkpoint.safetensors').is_file(): raise FileNotFoundError(f"--resume: no checkpoint at {out/'checkpoint.safetensors'}; start without it.")
     midas = midas.to(device)
-    gpu, first = device != 'cpu', a.first + rank()*(TEST_IDENTITIES//world())                                    # every process has people and scenes of its own
-    people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, fast=gpu, bake_on=a.bake_on)
-    pool = T.draw_pool(scenes.part(rank(), world()), people, midas, 8 if gpu else 2, say=print if rank() == 0 else None)
+    first = a.first + rank()*(TEST_IDENTITIES//world())                                    # every process has people and scenes of its own
+    people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
+    pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None)
     del people
     trainer = T.JointTrainer(midas, pool.activity())
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
@@ -332,7 +332,7 @@ def bench_train(a):
         else: print(f'{k:26} {v:,.4g}' if isinstance(v, float) else f'{k:26} {v:,}' if isinstance(v, int) else f'{k:26} {v}')
     print('Counted: 6 operations for each weight of a matrix and token (head: each of its passes), 12 for each layer, query number and visible key; work done again by recompute is not.')
 
-# %% ../nbs/90_cli.ipynb #23a5caf2
+# %% ../nbs/90_cli.ipynb #d31bd3f6
 @command('train ablation', 'train the model without one of its ideas, and judge it (page 71)', 'midas-ref train ablation runs/ablations base no_noise --data scenes.safetensors --minutes 10 --device cuda --workers 12 --bake-on cpu',
     option('out', metavar='OUT', help='folder for NAME.json and NAME/ of each run; what is there already is not done again'), option('names', metavar='NAME', nargs='+', help='base, no_noise, window_2, no_truncation or mlp_head'),
     option('--data', metavar='SCENES', required=True, help='file that midas-ref data scenes wrote'), option('--minutes', type=number(float, .001), default=10., help='training of each (default 10)'),
@@ -352,7 +352,7 @@ def train_ablation(a):
     T.check_scenes(scenes, parts)
     out.mkdir(parents=True, exist_ok=True)
     todo, parts = [n for n in a.names if not (out/f'{n}.json').is_file()], parts.to(device)
-    if todo: pool = T.draw_pool(scenes, probes.People(a.people, probes.mouth_pool(1), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on), parts, 8 if device != 'cpu' else 2, say=print)
+    if todo: pool = T.draw_pool(scenes, probes.People(a.people, probes.mouth_pool(1), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on), parts, say=print)
     for n in todo: A.run_ablation(n, pool, parts, out, a.minutes, plan=T.Plan((a.rows, 6), (max(1, a.rows//3), 16)), clips=a.clips, seconds=a.seconds, long=a.long)
     print(f"{out}: {', '.join(a.names)}")
 

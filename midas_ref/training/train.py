@@ -147,7 +147,7 @@ class Pool:
         signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known)), text=self.text[scene[:, None], chunk_of].long())
         return at(self.latents).float(), self.reference[scene, draw(self.reference.shape[1])].float(), signals, at(self.mouth)
 
-# %% ../../nbs/training/50_train.ipynb #4c9a5a44
+# %% ../../nbs/training/50_train.ipynb #b3d36a70
 def check_scenes(
     scenes:Scenes,   # any
     midas:Midas,     # with its tokenizer
@@ -161,16 +161,15 @@ def draw_pool(
     scenes:Scenes,         # what happens
     people,                # a crowd, see `People` of page 14
     midas:Midas,           # its codec and tokenizer, on the device of the crowd
-    references:int=2,      # portraits of each person
-    together:int|None=None,  # scenes drawn at once; None: 4, on a GPU 16
-    frames:int|None=None,  # and frames of each; None: 24, on a GPU 128, so that scenes of 120 frames with 8 portraits are drawn in one piece
+    references:int|None=None,  # portraits of each person; None: 2, on a GPU 8
+    together:int|None=None,    # scenes drawn at once; None: 4, on a GPU 16
     say=None,              # called with a line now and then
 )->Pool:
     "Play every scene with somebody of the crowd and encode it."
     dev, codec, start, gpu = people.device, midas.codec, time.time(), str(people.device).startswith('cuda')
     check_scenes(scenes, midas)
-    together, frames = min(together or (16 if gpu else 4), len(scenes)), frames or (128 if gpu else 24)
-    half = torch.autocast('cuda', torch.bfloat16, enabled=gpu)
+    references, together, frames = references or (8 if gpu else 2), min(together or (16 if gpu else 4), len(scenes)), 128 if gpu else 24   # 120 frames and 8 portraits: one shape, compiled once
+    half = torch.autocast('cuda', torch.bfloat16, enabled=gpu)              # for the codec; geometry in half precision would shake
     z, refs, moves, seen = [], [], [], []
     for k in range(0, len(scenes) - together + 1, together):
         m = scenes.motion[k:k+together].to(dev).float()/127
