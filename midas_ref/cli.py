@@ -618,17 +618,16 @@ def _make_parser():
         p.set_defaults(_command=c)
     return top
 
-# %% ../nbs/90_cli.ipynb #f7f41d0e
+# %% ../nbs/90_cli.ipynb #9a54e02d
 def main(
     argv:list|None=None,  # words after `midas-ref`; None takes those of this process
 )->int:                   # exit status
     "Run one command."
     try:
-        a = _make_parser().parse_args(argv)
-        status = a._command.run(a) or 0
+        try: a = _make_parser().parse_args(argv); status = a._command.run(a) or 0
+        except SystemExit as e: status = e.code if isinstance(e.code, int) else 0 if e.code is None else 2     # --help, --version, wrong use
         sys.stdout.flush()                      # a closed pipe shows here rather than on the way out
         return status
-    except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 2     # --help, --version, wrong use
     except KeyboardInterrupt: print("\nmidas-ref: interrupted." + (" Run the same command again to go on." if 'data' in (argv or sys.argv[1:])[:1] else ''), file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141
     except (ValueError, OSError, ImportError, RuntimeError) as e:

@@ -17,7 +17,7 @@ def bad(**k): raise ValueError('nobody here')
 '''
 
 def start(*args, **kw):
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(kw.pop('path', ROOT))]), 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(kw.pop('path', ROOT))]), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': ''}   # as most people run it
     return subprocess.Popen([sys.executable, '-c', 'import sys; from midas_ref.cli import main; sys.exit(main())', *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def run(capsys, *args):
