@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'midas_ref.codec.train.exam': ('codec/train.html#exam', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.exam_hash': ('codec/train.html#exam_hash', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.face_masks': ('codec/train.html#face_masks', 'midas_ref/codec/train.py'),
+                                       'midas_ref.codec.train.image_part': ('codec/train.html#image_part', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.join_ranks': ('codec/train.html#join_ranks', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.load_checkpoint': ( 'codec/train.html#load_checkpoint',
                                                                                   'midas_ref/codec/train.py'),

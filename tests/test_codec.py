@@ -465,3 +465,23 @@ def test_a_new_video_codec_is_causal_without_being_told():
     codec, x = VideoDCAE(replace(LIGHT, decoder_norm='batch')), clip(1, 4)
     y = x.clone(); y[:, 3] = 0
     assert torch.equal(codec(x)[:, :3], codec(y)[:, :3])
+
+def test_stage_1_goes_on_from_the_image_part_of_a_video_codec(tmp_path):
+    from midas_ref.codec.train import codec_trainer
+    codec, x = video(), clip(2, 1, 64, 64)[:, 0]; codec.save(tmp_path)
+    trainer = codec_trainer(1, tmp_path)
+    assert type(trainer.model) is DCAE and not any('.time.' in k for k in trainer.model.state_dict())
+    for part in (codec.encoder, codec.decoder):                                # silence the layers over time: what is left are pictures
+        for name, p in part.named_parameters():
+            if name.startswith('time.') and name.split('.')[-2] in ('proj', 'out'): p.data.zero_()
+    with torch.no_grad(): assert gap(trainer.model.eval()(x), codec(x[:, None])[:, 0]) < 1e-5
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+def test_noise_in_training_differs_from_picture_to_picture():
+    from midas_ref.codec.train import SpatialTrainer
+    from midas_ref.data.probes import new_probe
+    trainer = SpatialTrainer(image(LIGHT), new_probe('a'), z_noise=.2)
+    trainer.encode = lambda x: x; trainer.decode = lambda z: z
+    x = torch.randn(400, 64, 4, 4)
+    share = (trainer.through(x) - x).flatten(1).std(1)                          # the latents have deviation 1
+    assert .19 < share.max() < .22 and share.median() < .07 and (share < .02).float().mean() > .2

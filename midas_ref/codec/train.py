@@ -4,7 +4,7 @@
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
            'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
            'agree', 'record', 'SpatialTrainer', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog',
-           'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips',
+           'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part',
            'codec_trainer', 'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
@@ -200,14 +200,14 @@ def record(
         trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(*zip(*parts))
     trainer.record = False
 
-# %% ../../nbs/codec/24_train.ipynb #54f2b71d
+# %% ../../nbs/codec/24_train.ipynb #3b3937ee
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
         model:DCAE,              # the codec, on its device
         probe:nn.Module,         # probe A, for features
         lr:float=4e-4,           # peak learning rate
-        z_noise:float=.05,       # noise on the latents, in units of their deviation
+        z_noise:float=.2,        # most noise on the latents, in units of their deviation
         late:float=.66,          # progress at which the adversary comes in; above 1 never
         seed:int=0,              # of the noise
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
@@ -228,9 +228,10 @@ class SpatialTrainer:
     def through(self, x:Tensor)->Tensor:
         "Encode, disturb the latents, decode."
         z = self.encode(x)
-        noise = torch.randn(z.shape, generator=self.g, device=z.device).to(z.dtype)
+        noise = torch.randn(z.shape, generator=self.g, device=z.device)
+        share = self.z_noise*torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device).square()      # a third of all pictures have a tenth of the most noise, or less
         channel = z.ndim - 3
-        return self.decode(z + self.z_noise*noise*z.detach().std([d for d in range(z.ndim) if d != channel], keepdim=True))
+        return self.decode(z + (share*noise).to(z.dtype)*z.detach().std([d for d in range(z.ndim) if d != channel], keepdim=True))
 
     def score(self, y:Tensor, x:Tensor, masks:Tensor, progress:float)->tuple:
         "Loss of pictures y against x, both (n, 3, h, w), and its parts."
@@ -521,13 +522,21 @@ class RealClips:
         masks = torch.stack([m for _, m in chosen]).to(self.device)[:, None].expand(-1, t, -1, -1, -1)
         return (x[:, 0], masks[:, 0]) if t == 1 else (x, masks)
 
-# %% ../../nbs/codec/24_train.ipynb #d5e017e4
+# %% ../../nbs/codec/24_train.ipynb #5209cb66
+def image_part(
+    video:VideoDCAE,   # any
+)->DCAE:               # copies of its weights
+    "The image codec inside a video codec."
+    with torch.device('meta'): image = DCAE(video.cfg)
+    image.load_state_dict({k: v.clone() for k, v in video.state_dict().items() if '.time.' not in k}, assign=True)
+    return image.eval()
+
 def codec_trainer(
     stage:int,            # 1, 2 or 3
-    start=None,           # folder of a codec to start from; stages 2 and 3 need one, of images or of video
+    start=None,           # folder of a codec to start from, of images or of video; stages 2 and 3 need one, stage 1 takes its image part
     cfg=None,             # `CodecConfig`; None takes that of `start`, or the preset 'tiny'
     probe=None,           # probe A; None loads the bundled one
-    lr:float|None=None,   # peak learning rate; None: 4e-4, 4e-4, 2e-4
+    lr:float|None=None,   # peak learning rate; None: 4e-4, 4e-4, 1e-4
     device='cpu',         # where to train
     seed:int=0,           # of the weights and the noise
     **kw,                 # more arguments of the trainer
@@ -535,9 +544,10 @@ def codec_trainer(
     "The trainer of a stage."
     if stage not in (1, 2, 3): raise ValueError(f"stage is {stage}; accepted: 1 (pictures), 2 (layers over time), 3 (everything, on clips).")
     if stage > 1 and not start: raise ValueError(f"Stage {stage} continues a codec; give the folder that stage {stage-1} has written.")
-    kind, lr = DCAE if stage == 1 else VideoDCAE, lr or (4e-4, 4e-4, 2e-4)[stage-1]
+    lr = lr or (4e-4, 4e-4, 1e-4)[stage-1]
     torch.manual_seed(seed); seed = seed + rank()                             # equal weights, different noise
-    model = load_dcae(start, cfg, kind) if start else near_identity(kind(cfg or preset('tiny').codec))
+    model = load_dcae(start, cfg, VideoDCAE) if start else near_identity(DCAE(cfg or preset('tiny').codec))
+    if stage == 1 and start: model = image_part(model)
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
     return SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, only_time=stage == 2, seed=seed, **kw)
 
