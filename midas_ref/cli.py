@@ -214,7 +214,7 @@ def data_scenes(a):
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 
-# %% ../nbs/90_cli.ipynb #79ef652d
+# %% ../nbs/90_cli.ipynb #3a03c922
 @command('train model', 'train backbone, head and projectors together (page 50); under torchrun or deepspeed on many GPUs (page 51)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/paper --preset paper --data latents --dry-run --gpus 64\ntorchrun --no-python --nproc-per-node 8 midas-ref train model runs/paper --preset paper --data latents --backbone Qwen/Qwen2.5-3B --resume',
     option('out', metavar='OUT', help='folder for checkpoints, log and model'),
     option('--data', metavar='DATA', required=True, help='file that midas-ref data scenes wrote (one device, or a few under torchrun), folder that midas-ref data encode wrote, or synthetic (both under torchrun or deepspeed)'),
@@ -222,6 +222,8 @@ def data_scenes(a):
     option('--minutes', type=number(float, .001), default=25., help='one device: length of this piece (default 25)'),
     option('--begin', type=number(float, 0, 1), default=0., help='one device: progress of the run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
     option('--resume', action='store_true', help='go on from the newest checkpoint in OUT, to the bit; many devices: or begin, if there is none'),
+    option('--lr', type=number(float, 1e-7, 1), default=None, help='one device: peak learning rate (default: that of the recipe)'),
+    option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='one device: train the matrices inside layers with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--rows', type=number(int, 1, 4096), default=96, help='one device: sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
     option('--people', type=number(int, 1), default=160, help='one device: people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'),
     option('--workers', type=number(int, 0, 64), default=0, help='one device: processes that bake ahead (default 0)'), option('--bake-on', default=None, help='and their device (default: that of the training)'),
@@ -250,7 +252,7 @@ def train_model(a):
     people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
     pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None)
     del people
-    trainer = T.JointTrainer(midas, pool.activity())
+    trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(muon=a.muon) if a.lr is None else T.Recipe(muon=a.muon, lr=a.lr), fast=device != 'cpu')
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
     T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan((a.rows, 6), (max(1, a.rows//3), 16)))
     print(f'{out}/midas: step {trainer.step}')

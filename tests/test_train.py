@@ -135,6 +135,27 @@ def test_resume_is_exact(pool, tmp_path):
     assert same(a, b) and run(b, pool, 3) == losses[3:] and same(b, straight)
     assert not list(tmp_path.glob('*.partial'))
 
+def test_muon_is_exact_too_and_takes_the_inner_matrices(pool, tmp_path):
+    a, b, plain = fresh(pool, muon=2.), fresh(pool, muon=2.), fresh(pool)
+    adam, muon = a.opt.members
+    inner = {n for n, p in a.model.named_parameters() if any(p is q for g in muon.param_groups for q in g['params'])}
+    assert sum(len(g['params']) for g in a.opt.param_groups) == len(a.params) and len(inner) == 2*7 + 4 + 1
+    assert all('.layers.' in n or 'head.blocks' in n or n == 'head.modulation.weight' for n in inner) and not any('norm' in n or 'table' in n or 'bias' in n for n in inner)
+    losses = run(a, pool, 4)
+    assert a.opt.param_groups[-1]['lr'] == 2*a.opt.param_groups[0]['lr'] and losses != run(plain, pool, 4)
+    assert run(b, pool, 2) == losses[:2]
+    save_run(b, tmp_path/'c.safetensors'); c = fresh(pool, muon=2.); load_run(c, tmp_path/'c.safetensors')
+    assert same(b, c) and run(c, pool, 2) == losses[2:] and same(a, c)
+    with pytest.raises(ValueError, match='another optimiser'): load_run(plain, tmp_path/'c.safetensors')
+
+def test_compiled_layers_are_the_same_layers(pool):
+    "Also in what is kept: a copy for the average is not compiled."
+    run_one = lambda t: [float(t.update(lambda: (pool.batch(2, 2, generator=t.g), None), .3)['flow']) for _ in range(2)]
+    torch.manual_seed(5); plain = JointTrainer(Midas(small()), pool.activity(), Recipe(warm=1, lr=3e-3))
+    torch.manual_seed(5); fast = JointTrainer(Midas(small()), pool.activity(), Recipe(warm=1, lr=3e-3), fast=True)
+    assert run_one(fast) == pytest.approx(run_one(plain), rel=1e-4)
+    assert any(m._compiled_call_impl for m in fast.model.modules()) and not any(m._compiled_call_impl for m in averaged(fast).modules())
+
 def test_checkpoint_errors(pool, tmp_path):
     t, file = fresh(pool), tmp_path/'c.safetensors'
     with pytest.raises(FileNotFoundError, match='No checkpoint'): load_run(t, file)

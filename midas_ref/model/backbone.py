@@ -4,7 +4,7 @@
 __all__ = ['Rotary', 'attend', 'register_attention', 'qwen_config', 'MaskedQwen', 'RingCache', 'ring_slots', 'ring_mask',
            'RingQwen', 'load_qwen', 'backbone_config', 'Backbone', 'replay']
 
-# %% ../../nbs/model/42_backbone.ipynb #4bc9b1f2
+# %% ../../nbs/model/42_backbone.ipynb #24e3d864
 from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import nn, Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from ..config import BackboneConfig
-from .mask import training_mask, visible
+from .mask import block_mask, training_mask, visible
 from .tokens import Layout
 from ..streaming import Streaming, StreamState
 
@@ -75,7 +75,7 @@ def qwen_config(
                        num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, rope_parameters=dict(rope_type='default', rope_theta=cfg.rope_theta),
                        use_cache=False, attn_implementation=register_attention())
 
-# %% ../../nbs/model/42_backbone.ipynb #1814b97e
+# %% ../../nbs/model/42_backbone.ipynb #f6bfc495
 class MaskedQwen(nn.Module):
     "Qwen2 over sequences of whole chunks, under the frame-level mask."
     def __init__(self,
@@ -88,17 +88,17 @@ class MaskedQwen(nn.Module):
         from transformers import Qwen2Model
         super().__init__()
         if not isinstance(window, int) or window < 1: raise ValueError(f"window is {window!r}; accepted: a whole number of chunks, 1 or more.")
-        self.cfg, self.layout, self.window, self.full, self.masks = cfg, layout, window, full, {}
+        self.cfg, self.layout, self.window, self.full, self.masks, self.blocks = cfg, layout, window, full, {}, False   # blocks: masks for FlexAttention
         self.qwen = Qwen2Model(qwen_config(cfg)) if qwen is None else qwen
         self.qwen.embed_tokens, self.qwen.rotary_emb = None, Rotary(cfg.head_dim, cfg.rope_theta)
 
     def mask(self,
         chunks:int,    # length of the sequence
         device,        # of the mask
-    )->Tensor:         # bool (1, 1, n, n), True = may look
+    )->Tensor|BlockMask:   # bool (1, 1, n, n), True = may look; with `blocks` a block mask
         "The training mask, made once per length and device."
-        key = chunks, str(device)
-        if key not in self.masks: self.masks[key] = training_mask(self.layout, chunks, self.window, self.full, device)[None, None]
+        key, what = (chunks, str(device), self.blocks), (self.layout, chunks, self.window, self.full, device)
+        if key not in self.masks: self.masks[key] = block_mask(*what) if self.blocks else training_mask(*what)[None, None]
         return self.masks[key]
 
     def forward(self,

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FREE', 'PEAKS', 'TrainConfig', 'train_preset', 'with_settings', 'deepspeed_config', 'Blocks', 'loader',
-           'Synthetic', 'save_pool', 'read_captions', 'Latents', 'JointStep', 'block_seed', 'spare', 'flex', 'launched',
+           'Synthetic', 'save_pool', 'read_captions', 'Latents', 'JointStep', 'block_seed', 'spare', 'launched',
            'Fleet', 'import_deepspeed', 'make_engine', 'on', 'file_sum', 'read_manifest', 'damage', 'checkpoints',
            'save_checkpoint', 'remove', 'quiet', 'newest', 'same_run', 'start_point', 'to_universal', 'load_checkpoint',
            'Stop', 'Meter', 'trim_log', 'ScaleRun', 'start_model', 'frozen_parts', 'export_run', 'parameters',
@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'FREE', 'PEAKS', 'TrainConfig', 'train_preset', 'with_settin
            'kernels', 'plan_lines', 'encoders', 'encoding_note', 'begin_encoding', 'encode_shards', 'scene_shards',
            'encode_clip', 'clip_shards']
 
-# %% ../../nbs/training/51_deepspeed.ipynb #0f371c29
+# %% ../../nbs/training/51_deepspeed.ipynb #d133b1ff
 import contextlib, dataclasses, io, json, math, os, shutil, signal, socket, subprocess, sys, time, warnings, zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,7 @@ from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import text_encoder
 from ..model.backbone import load_qwen, backbone_config, Backbone
-from ..model.mask import block_mask, training_mask
+from ..model.mask import training_mask
 from ..model.midas import Midas
 from ..model.noise import noise_sigmas
 from ..model.tokens import chunk_layout
@@ -315,7 +315,7 @@ class JointStep(nn.Module):
 
 def block_seed(seed:int, block:int)->int: return (seed*0x9E3779B97F4A7C15 + block*0xBF58476D1CE4E5B9 + 1) % (1 << 63)   # of the random numbers of a block
 
-# %% ../../nbs/training/51_deepspeed.ipynb #e1ca88c8
+# %% ../../nbs/training/51_deepspeed.ipynb #daf6326d
 def spare(
     midas:Midas,           # the model
     recompute:bool=True,   # keep only the inputs of layers
@@ -327,15 +327,6 @@ def spare(
         for m in (*layers, *blocks): m.forward = torch.compile(m.forward)
     if recompute:
         for m in (*layers, *blocks): m.forward = partial(checkpoint, m.forward, use_reentrant=False)
-
-def flex(
-    midas:Midas,    # on its device
-    chunks:int,     # of a sequence
-    device,         # of the mask; FlexAttention needs a GPU here
-):
-    "Use FlexAttention for sequences of this length."
-    b = midas.backbone
-    b.masks[chunks, str(device)] = block_mask(b.layout, chunks, b.window, b.full, device)
 
 # %% ../../nbs/training/51_deepspeed.ipynb #71b68216
 def launched()->bool: return 'WORLD_SIZE' in os.environ   # by torchrun or deepspeed, even as one process
@@ -393,7 +384,7 @@ def import_deepspeed(gpu:bool):
     logging.getLogger('DeepSpeed').setLevel(logging.ERROR)
     return deepspeed
 
-# %% ../../nbs/training/51_deepspeed.ipynb #9e97c508
+# %% ../../nbs/training/51_deepspeed.ipynb #f8190f07
 def make_engine(
     midas:Midas,         # on the CPU
     source,              # `Synthetic` or `Latents`
@@ -408,7 +399,7 @@ def make_engine(
         t = midas.tokens
         for p in (t.place, t.mark, *midas.conditions.placeholder.values()): deepspeed.zero.register_external_parameter(step, p)
     spare(midas, tc.recompute, tc.compile)
-    if fleet.device != 'cpu': flex(midas, tc.chunks, fleet.device)
+    midas.backbone.blocks = fleet.device != 'cpu'
     engine, *_ = deepspeed.initialize(model=step, model_parameters=step.groups(tc.decay), config=deepspeed_config(tc, fleet.device, universal), dist_init_required=False)
     step.settle(fleet.device)
     return engine
@@ -817,7 +808,7 @@ def step_times(engine, batch, tc, steps:int, warm:int, sync)->list:
         sync(); out.append(time.perf_counter() - start)
     return out[warm:]
 
-# %% ../../nbs/training/51_deepspeed.ipynb #2eb0ec7b
+# %% ../../nbs/training/51_deepspeed.ipynb #548c5644
 def bench_train(
     cfg:MidasConfig,        # sizes
     tc:TrainConfig,         # settings
@@ -838,7 +829,7 @@ def bench_train(
     if fleet: run = make_engine(midas, source, tc, fleet)
     else:
         spare(midas, tc.recompute, tc.compile)
-        if gpu: flex(midas, tc.chunks, f'cuda:{torch.cuda.current_device()}')
+        midas.backbone.blocks = gpu
         run = MasterEngine(JointStep(midas, source.activity(), tc).to(device), tc, device)
     batch = on(source.batch((fleet.rank if fleet else 0)*tc.rows, tc.rows), device)
     sync = torch.cuda.synchronize if gpu else lambda: None

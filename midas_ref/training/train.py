@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'Pool', 'check_scenes', 'draw_pool', 'change_weight',
-           'Recipe', 'own_frames', 'JointTrainer', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'generate',
-           'sample_strip', 'train_model', 'new_midas']
+           'Recipe', 'inner_matrices', 'Optimisers', 'make_optimiser', 'own_frames', 'JointTrainer', 'save_run',
+           'load_run', 'swap_check', 'Plan', 'averaged', 'generate', 'sample_strip', 'train_model', 'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #9bc37761
 import copy, hashlib, json, math, time
@@ -197,7 +197,7 @@ def change_weight(
     "Weights of the flow loss."
     return activity.clamp(low, high)
 
-# %% ../../nbs/training/50_train.ipynb #4180ac47
+# %% ../../nbs/training/50_train.ipynb #b5c7e9bc
 @dataclass
 class Recipe:
     "The settings of a run."
@@ -216,7 +216,51 @@ class Recipe:
     reader:tuple = (.3, .05)  # weight of the mouth reader, at the start and at the end
     short:float = .3          # share of steps with shorter chunks, in the last part
     accumulate:int = 1        # batches of a step
+    muon:float = 0.           # learning rate of the matrices inside layers under Muon, in multiples of lr; 0: AdamW for all
     seed:int = 0              # of everything random
+
+# %% ../../nbs/training/50_train.ipynb #14697b29
+def inner_matrices(
+    midas:Midas,   # any
+)->list:           # parameters
+    "The matrices inside the layers of backbone and head."
+    inside = (*midas.backbone.qwen.layers, *midas.head.blocks, *([midas.head.modulation] if hasattr(midas.head, 'modulation') else []))
+    return [m.weight for part in inside for m in part.modules() if isinstance(m, nn.Linear)]
+
+class Optimisers:
+    "Several optimisers that act as one."
+    def __init__(self, *members): self.members = members
+    @property
+    def param_groups(self): return [g for o in self.members for g in o.param_groups]
+    def zero_grad(self, set_to_none:bool=True):
+        for o in self.members: o.zero_grad(set_to_none=set_to_none)
+    def step(self):
+        for o in self.members: o.step()
+    def first(self)->list:   # of each member, the number of its first parameter
+        return [sum(len(g['params']) for o in self.members[:k] for g in o.param_groups) for k in range(len(self.members))]
+    def state_dict(self)->dict: return dict(state={i + n: v for n, o in zip(self.first(), self.members) for i, v in o.state_dict()['state'].items()}, param_groups=self.param_groups)
+    def fits(self, state:dict)->bool:   # moments by number of the parameter
+        "Whether each member knows its moments: AdamW keeps two of a parameter, Muon one."
+        starts = self.first()
+        return all(('momentum_buffer' in v) == (len(starts) > 1 and i >= starts[1]) for i, v in state.items())
+    def load_state_dict(self, saved:dict):
+        "Give each member its share."
+        for n, o in zip(self.first(), self.members):
+            own = range(n, n + sum(len(g['params']) for g in o.param_groups))
+            o.load_state_dict(dict(state={i - n: v for i, v in saved['state'].items() if i in own}, param_groups=o.state_dict()['param_groups']))
+
+def make_optimiser(
+    midas:Midas,      # what is trained
+    params:list,      # all parameters, those of helpers as well
+    recipe:Recipe,    # rate, decay, Muon or not
+)->Optimisers:        # groups of Muon have a 'scale' of the learning rate
+    "AdamW for everything; or Muon for the inner matrices and AdamW for the rest."
+    inner = inner_matrices(midas) if recipe.muon else []
+    rest = [p for p in params if all(p is not q for q in inner)]
+    groups = [dict(params=[p for p in rest if (p.ndim > 1) == big], weight_decay=recipe.decay*big) for big in (True, False)]   # matrices decay, vectors do not
+    opt = [torch.optim.AdamW(groups, recipe.lr, betas=(.9, .95), fused=params[0].is_cuda)]
+    if inner: opt.append(torch.optim.Muon([dict(params=inner, scale=recipe.muon)], recipe.lr, weight_decay=recipe.decay, momentum=.95, adjust_lr_fn='match_rms_adamw'))
+    return Optimisers(*opt)
 
 # %% ../../nbs/training/50_train.ipynb #8ab7db1e
 @torch.no_grad()
@@ -238,25 +282,27 @@ def own_frames(
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
-# %% ../../nbs/training/50_train.ipynb #2f5966db
+# %% ../../nbs/training/50_train.ipynb #5ebaa16e
 class JointTrainer:
     "Trains a `Midas` on a pool."
     def __init__(self,
         midas:Midas,             # on its device
         activity:Tensor,         # (n, c), see `Pool.activity`
         recipe:Recipe=Recipe(),  # settings
+        fast:bool=False,         # compile layers, and on a GPU use FlexAttention; same results up to rounding
     ):
         self.model, self.r, self.step, self.weight = midas.train(), recipe, 0, change_weight(activity.clone())
         torch.manual_seed(recipe.seed)
         self.device = next(midas.parameters()).device
         self.reader = nn.Sequential(nn.LayerNorm(midas.cfg.backbone.width), nn.Linear(midas.cfg.backbone.width, len(MOUTH))).to(self.device)
         self.params = [p for p in [*midas.parameters(), *self.reader.parameters()] if p.requires_grad]
-        groups = [dict(params=[p for p in self.params if (p.ndim > 1) == big], weight_decay=recipe.decay*big) for big in (True, False)]   # matrices decay, vectors do not
         same_everywhere([*self.params, self.weight])
-        self.opt = torch.optim.AdamW(groups, recipe.lr, betas=(.9, .95), fused=self.device.type == 'cuda')
+        self.opt = make_optimiser(midas, self.params, recipe)
         self.ema = {k: v.detach().float().clone() for k, v in midas.trained_state().items() if v.is_floating_point()}
         self.g, self.cpu = (torch.Generator(d).manual_seed(recipe.seed + rank()) for d in (self.device, 'cpu'))      # each process its own batches and noise
         self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
+        for m in (*midas.backbone.qwen.layers, *midas.head.blocks) if fast else (): m.compile()                    # one at a time: a compiled layer serves all of its kind
+        for m in self.lengths.values(): m.backbone.blocks = fast and self.device.type == 'cuda'
 
     def context(self,
         latents:Tensor,     # the truth, (b, t, c, h, w)
@@ -285,10 +331,10 @@ class JointTrainer:
         return out['loss'] + (a + (b-a)*progress)*read/.03, dict(flow=out['loss'].detach(), reader=read.detach())
 
     def update(self, draw, progress:float)->dict:
-        "One step of AdamW and of the average; `draw()` gives (batch, frames of a chunk or None)."
+        "One step of the optimiser and of the average; `draw()` gives (batch, frames of a chunk or None)."
         r, total = self.r, {}
         rate = r.lr*min(1, (self.step+1)/r.warm)*(r.final + (1-r.final)*(.5 + .5*math.cos(math.pi*progress)))
-        for group in self.opt.param_groups: group['lr'] = rate
+        for group in self.opt.param_groups: group['lr'] = rate*group.get('scale', 1)
         self.opt.zero_grad(set_to_none=True)
         for _ in range(r.accumulate):
             batch, frames = draw()
@@ -302,7 +348,7 @@ class JointTrainer:
         torch._foreach_lerp_(list(self.ema.values()), [now[k].float() for k in self.ema], 1 - min(r.keep, self.step/(self.step+9)))
         return total | dict(norm=norm)
 
-# %% ../../nbs/training/50_train.ipynb #ae3352d7
+# %% ../../nbs/training/50_train.ipynb #0129458d
 def save_run(
     trainer:JointTrainer,   # any time between two steps
     path,                   # file, .safetensors
@@ -328,11 +374,12 @@ def load_run(
     if set(parts) != {'model', 'ema', 'reader', 'opt', 'random'}: raise ValueError(f"{path} is no checkpoint of a joint run; it holds {', '.join(sorted(parts))[:80]}.")
     now = trainer.model.trained_state()
     if set(now) != set(parts['model']) or any(now[k].shape != v.shape for k, v in parts['model'].items()): raise ValueError(f"The checkpoint {path} belongs to a model of other sizes.")
-    trainer.model.load_state_dict(parts['model'], strict=False); trainer.reader.load_state_dict(parts['reader'])
-    trainer.ema = {k: v.to(trainer.device) for k, v in parts['ema'].items()}
     state = {}
     for k, v in parts['opt'].items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.', 1)[1]] = v
-    trainer.opt.load_state_dict(dict(state=state, param_groups=trainer.opt.state_dict()['param_groups']))
+    if not trainer.opt.fits(state): raise ValueError(f"The checkpoint {path} was written by another optimiser: with Muon or without it; give the recipe that it was trained with.")
+    trainer.model.load_state_dict(parts['model'], strict=False); trainer.reader.load_state_dict(parts['reader'])
+    trainer.ema = {k: v.to(trainer.device) for k, v in parts['ema'].items()}
+    trainer.opt.load_state_dict(dict(state=state))
     trainer.g.set_state(parts['random']['device']); trainer.cpu.set_state(parts['random']['cpu'])
     trainer.step = int(safe_open(path, 'pt').metadata()['step'])
 
