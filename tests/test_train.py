@@ -301,3 +301,15 @@ def test_processes_stay_equal(tmp_path):
 def test_parts_of_scenes_are_disjoint(scenes):
     parts = [scenes.part(k, 2) for k in range(2)]
     assert torch.equal(torch.cat([p.motion for p in parts]), scenes.motion) and torch.equal(torch.cat([p.audio for p in parts]), scenes.audio)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_fast_on_cuda(pool):
+    "Compiled layers and FlexAttention give the losses of plain ones, with Muon, own frames and shorter chunks."
+    cuda = dataclasses.replace(pool, **{f.name: v.cuda() for f in dataclasses.fields(pool) if isinstance(v := getattr(pool, f.name), torch.Tensor)})
+    def losses(fast):
+        torch.manual_seed(5)
+        model = Midas(dataclasses.replace(small(), backbone=dataclasses.replace(small().backbone, width=64, heads=4, kv_heads=2, head_dim=16))).cuda()
+        t = JointTrainer(model, cuda.activity(), Recipe(warm=1, lr=1e-3, muon=2.), fast=fast)
+        assert model.backbone.blocks == fast and all(m.backbone.blocks == fast for m in t.lengths.values())
+        return run(t, cuda, 6)
+    assert losses(True) == pytest.approx(losses(False), rel=.03)
