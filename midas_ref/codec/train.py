@@ -200,14 +200,14 @@ def record(
         trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(*zip(*parts))
     trainer.record = False
 
-# %% ../../nbs/codec/24_train.ipynb #3b3937ee
+# %% ../../nbs/codec/24_train.ipynb #2cf82bc8
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
         model:DCAE,              # the codec, on its device
         probe:nn.Module,         # probe A, for features
         lr:float=4e-4,           # peak learning rate
-        z_noise:float=.2,        # most noise on the latents, in units of their deviation
+        z_noise:float=.15,       # most noise on the latents, in units of their deviation
         late:float=.66,          # progress at which the adversary comes in; above 1 never
         seed:int=0,              # of the noise
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
