@@ -269,6 +269,20 @@ def test_encoded_clips(encoded, whole_midas):
     assert len(seen) == 60                                                    # each piece once in every epoch
     assert [data.rows[i] for i in S._order(6, 0, 0)] != [data.rows[i] for i in S._order(6, 0, 1)]
 
+def test_encoded_scenes(whole_midas, tmp_path):
+    "Scene k is played by person k of the crowd, whichever shard it is in."
+    from safetensors.torch import load_file
+    from midas_ref.data.probes import People, mouth_pool
+    scenes = T.write_scenes(whole_midas.audio, 3, .96)
+    people = People(2, mouth_pool(1), 0, views=(3, 1))
+    note, make = S.scene_shards(scenes, people, whole_midas, per_shard=2)
+    assert S.encode_shards(tmp_path, note, whole_midas.audio.codebook.weight, make, say=lambda _: None) == 36 and list(note['shards'].values()) == [2, 1]
+    whole, parts = T.draw_pool(scenes, people, whole_midas, together=1), [load_file(tmp_path/n) for n in note['shards']]
+    got = {k: torch.cat([p[k] for p in parts]) for k in ('latents', 'audio', 'mouth')}
+    assert torch.equal(got['audio'].long(), whole.audio) and torch.equal(got['mouth'].float(), whole.mouth)
+    gap = lambda a, b: (a.float() - b.float()).abs().mean().item()
+    assert gap(got['latents'], whole.latents) < .01 < gap(got['latents'][:1], whole.latents[1:2])
+
 def test_encoding_goes_on(encoded, whole_midas):
     "A shard that is there stays, one that is missing is made again, to the bit; other settings are refused."
     out, note, make = encoded

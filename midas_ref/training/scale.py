@@ -10,8 +10,8 @@ __all__ = ['KINDS', 'FREE', 'PEAKS', 'TrainConfig', 'train_preset', 'with_settin
            'kernels', 'plan_lines', 'encoders', 'encoding_note', 'begin_encoding', 'encode_shards', 'scene_shards',
            'encode_clip', 'clip_shards']
 
-# %% ../../nbs/training/51_deepspeed.ipynb #d133b1ff
-import contextlib, dataclasses, io, json, math, os, shutil, signal, socket, subprocess, sys, time, warnings, zlib
+# %% ../../nbs/training/51_deepspeed.ipynb #eddb6aa8
+import contextlib, copy, dataclasses, io, json, math, os, shutil, signal, socket, subprocess, sys, time, warnings, zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -944,7 +944,7 @@ def encode_shards(
         say(f'{out}/{name}: {i + 1} of {len(todo)}, {done/(time.time() - start):.1f} frames/s')
     return done
 
-# %% ../../nbs/training/51_deepspeed.ipynb #c4ad7c6d
+# %% ../../nbs/training/51_deepspeed.ipynb #b71db6e6
 def scene_shards(
     scenes,             # `Scenes`
     people,             # who plays them
@@ -952,14 +952,14 @@ def scene_shards(
     per_shard:int=64,   # scenes of a shard
 )->tuple:               # note, function of a shard's name that gives a `Pool`
     "Scenes, drawn and encoded."
-    from types import SimpleNamespace
     from midas_ref.training.train import Scenes, check_scenes, draw_pool
     check_scenes(scenes, midas)
     starts = {f'latents-{k:06d}.safetensors': (s, min(s + per_shard, len(scenes))) for k, s in enumerate(range(0, len(scenes), per_shard))}
     def make(name):
         a, b = starts[name]
         part = Scenes(scenes.motion[a:b], scenes.audio[a:b], scenes.words[a:b], scenes.captions, scenes.fps, scenes.audio_hash)
-        crowd = SimpleNamespace(device=people.device, pose=people.pose, layers=people.layers[(torch.arange(b - a) + a) % len(people.layers)])
+        crowd = copy.copy(people)
+        crowd.layers = people.layers[(torch.arange(b - a, device=people.device) + a) % len(people.layers)]
         return draw_pool(part, crowd, midas, together=next(k for k in (4, 3, 2, 1) if (b - a) % k == 0))
     return encoding_note(midas, {k: b - a for k, (a, b) in starts.items()}, scenes.motion.shape[1]), make
 
