@@ -17,10 +17,6 @@ class Person:
     identity: dict|None       # its controls, if we drew it
     note: str = ''            # what the visitor should know
 
-def as_png(x:np.ndarray)->bytes:
-    from PIL import Image
-    out = io.BytesIO(); Image.fromarray(x).save(out, 'PNG'); return out.getvalue()
-
 def data_url(x:np.ndarray, side:int=256)->str:
     from PIL import Image
     out = io.BytesIO(); Image.fromarray(x).resize((side, side)).save(out, 'JPEG', quality=88)

@@ -257,7 +257,7 @@ def train_model(a):
     T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan((a.rows, 6), (max(1, a.rows//3), 16)))
     print(f'{out}/midas: step {trainer.step}')
 
-# %% ../nbs/90_cli.ipynb #b4adefeb
+# %% ../nbs/90_cli.ipynb #280f63f8
 def source_of(a, cfg, tc):
     "What `--data` names, for the runs of page 51."
     from midas_ref.training.scale import Latents, Synthetic
@@ -266,6 +266,8 @@ def source_of(a, cfg, tc):
 def train_many(a):
     "One process of many."
     from midas_ref.training import scale as S
+    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96)):
+        if given: raise ValueError(f"{name} is for scenes on one device or a few; for encoded data give settings of page 51 instead, such as --set rows=4 or --set lr=1e-4.")
     tc, first = S.with_settings(S.train_preset(a.preset), a.set), int(os.environ.get('RANK', 0)) == 0
     cfg, make = S.start_model(a.preset, a.backbone, a.start_from, tc.seed, print if first else lambda _: None)
     if a.dry_run:

@@ -1,10 +1,13 @@
 """Every training and measuring command once from end to end, in the smallest sizes that it takes; that their results are good is tested elsewhere."""
 import json
+from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from midas_ref import cli
 from midas_ref.codec import train as codec_train
 from midas_ref.data import probes
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,14 @@ def test_scenes_to_latents_to_a_model(capsys, tmp_path):
     assert '1 of 1 shards, pieces of 18 frames' in out
     shard = load_file(tmp_path/'latents'/'latents-000000.safetensors')
     assert shard['latents'].shape == (2, 18, 128, 4, 4) and shard['audio'].shape == (2, 18)
+
+def test_shards_to_codec_and_latents(capsys, tmp_path):
+    "The road of recordings: packed clips train the codec, and are encoded."
+    ok(capsys, 'data', 'make', tmp_path/'shards', '--minutes', 2*2.88/60, '--seconds', 2.88)
+    ok(capsys, 'train', 'codec', tmp_path/'real', '--stage', 3, '--start-from', ROOT/'data_samples'/'weights'/'codec', '--data', tmp_path/'shards', '--batch', 1, '--frames', 2, '--minutes', .01, '--device', 'cpu')
+    assert (tmp_path/'real'/'codec'/'model.safetensors').is_file() and json.loads((tmp_path/'real'/'log.jsonl').read_text().splitlines()[0])['pixel'] < .5
+    assert 'pieces of 12 frames' in ok(capsys, 'data', 'encode', tmp_path/'shards', tmp_path/'latents', '--chunks', 2, '--device', 'cpu')
+    assert load_file(tmp_path/'latents'/'latents-000000.safetensors')['latents'].shape == (6, 12, 128, 4, 4)
 
 @pytest.mark.parametrize('line, said', [
     ('bench codec --frames 2 --device cpu', 'stream, decode: median'),

@@ -167,6 +167,12 @@ def test_export(runs, name, tmp_path):
         assert torch.equal(v, want) if name == 'whole' else torch.allclose(v, want, atol=3e-3), k
     assert any((v - Midas(small()).trained_state()[k]).abs().max() > 1e-3 for k, v in model.trained_state().items())
 
+@pytest.mark.parametrize('option', ['--lr=1e-4', '--muon=2', '--rows=8'])
+def test_options_of_one_device_are_refused(capsys, tmp_path, option):
+    "They would have been ignored."
+    assert cli.main(['train', 'model', str(tmp_path/'r'), '--data', 'synthetic', '--dry-run', option]) == 2
+    assert f"{option.split('=')[0]} is for scenes on one device" in capsys.readouterr().err and not (tmp_path/'r').exists()
+
 def test_newest_of_nothing(tmp_path):
     assert S.newest(tmp_path/'none') == (None, None)
     (tmp_path/'step-00000001').mkdir()

@@ -43,7 +43,7 @@ ABLATIONS = dict(
     no_truncation=Ablation('a memory that forgets nothing', {'window_frames': 6*128}),
     mlp_head=Ablation('each token denoised alone, without attention in the head', {'head.kind': 'mlp'}))
 
-# %% ../../nbs/evaluation/71_ablations.ipynb #8642f41f
+# %% ../../nbs/evaluation/71_ablations.ipynb #340d9862
 def examine(
     midas:Midas,           # in eval mode
     settings:dict,         # of `Session`
@@ -87,7 +87,7 @@ def run_ablation(
     if (out/f'{name}.json').is_file(): return json.loads((out/f'{name}.json').read_text())
     device, start = parts.sigmas.device, time.time()
     torch.manual_seed(recipe.seed)
-    trainer = JointTrainer(Midas(changed(parts.cfg, a.changes), parts.codec, parts.audio, parts.pose.shape[0]).to(device), pool.activity(), recipe)
+    trainer = JointTrainer(Midas(changed(parts.cfg, a.changes), parts.codec, parts.audio, parts.pose.shape[0]).to(device), pool.activity(), recipe, fast=device.type == 'cuda')
     train_model(trainer, pool, minutes, out/name, plan=plan, steps=steps, say=say)
     model, trained = averaged(trainer), (time.time() - start)/60
     about = dict(name=name, question=a.question, changes=a.changes, minutes=trained, steps=trainer.step, parameters=sum(p.numel() for p in trainer.params), scenes=len(pool), codec=pool.codec_hash, machine=machine(str(device)), exam=dict(clips=clips, seconds=seconds, long=long))
