@@ -6,7 +6,7 @@ __all__ = ['MOODS', 'ACTIONS', 'CHUNK', 'SPLITS', 'TEST_IDENTITIES', 'STEADY', '
            'Script', 'fit', 'voice_of', 'place', 'converse', 'head_events', 'write_script', 'activity', 'motion',
            'frame_times', 'captions', 'draw', 'to_uint8', 'reference_motion', 'clip_sample', 'bench_draw']
 
-# %% ../../nbs/data/12_clips.ipynb #2a00a690
+# %% ../../nbs/data/12_clips.ipynb #9f930cc5
 import shutil, time, zlib
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..metrics import latency
-from .portraits import EXPRESSIONS, Identity, MOTION, bake, keypoints, pose
+from .portraits import EXPRESSIONS, Identity, MOTION, bake, compiled_pose, keypoints, pose
 from .speech import HELD_OUT_LANGUAGES, MOUTH, RATE, TRAIN_LANGUAGES, VOWELS, Speech, augment, base, join, jobs, make, mouth_track, sentence
 
 # %% ../../nbs/data/12_clips.ipynb #082080b2
@@ -383,7 +383,7 @@ def clip_sample(
                 reference=to_uint8(pose(layers, reference_motion(seed))[0, 0]).permute(1, 2, 0).contiguous().numpy(),
                 truth=dict(motion=m.numpy(), keypoints=points.numpy()))
 
-# %% ../../nbs/data/12_clips.ipynb #95f502ce
+# %% ../../nbs/data/12_clips.ipynb #38012a4d
 def bench_draw(
     device='cpu',        # where
     people:int=1,        # people in a call
@@ -397,7 +397,7 @@ def bench_draw(
     sync = torch.cuda.synchronize if str(device).startswith('cuda') else (lambda: None)
     start = time.perf_counter()
     layers = bake([Identity.random(i) for i in range(people)], size, device, dtype=torch.float16 if fast else torch.float32); sync()
-    baked, f, times = (time.perf_counter() - start)/people, torch.compile(pose, dynamic=False) if fast else pose, []
+    baked, f, times = (time.perf_counter() - start)/people, compiled_pose() if fast else pose, []
     for i in range(warmup + calls):
         m = (.2*torch.rand(people, frames, len(MOTION))).to(device); sync()
         start = time.perf_counter(); f(layers, m); sync(); times.append(time.perf_counter() - start)

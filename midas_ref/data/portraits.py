@@ -1421,7 +1421,7 @@ def glasses_layer(
     seen = torch.maximum(((arm_depth - depth + 0.10) * 30).clamp(0, 1), 1 - head)
     return sheet, ((0.014 - d) * s.scale + 0.5).clamp(0, 1) * seen * (hinge > 0)
 
-# %% ../../nbs/data/10_portraits.ipynb #5c57d9f4
+# %% ../../nbs/data/10_portraits.ipynb #3959fd0f
 PARTS = ("background", "body", "skin", "hair", "glasses", "eyes", "brows", "lips", "mouth")
 
 def paint_over(out: Tensor, color: Tensor, alpha: Tensor) -> Tensor:
@@ -1465,7 +1465,7 @@ def pose(
 @cache
 def compiled_pose():
     "pose() fused by torch.compile: several times fewer passes over memory on an accelerator, after a minute of compiling for each shape."
-    return torch.compile(pose, fullgraph=True, dynamic=False)
+    return torch.compile(pose, dynamic=False)
 
 def share_parts(
     hair: Tensor, body: Tensor, skin: Tensor, arms: Tensor, rims: Tensor, # coverages in the order of painting, (n, h, w)

@@ -5,7 +5,7 @@ __all__ = ['READ', 'MOOD_NAMES', 'SPREAD', 'PROBES', 'WEIGHTS', 'mouth_pool', 'r
            'heads', 'Norm', 'Mixer', 'ProbeB', 'new_probe', 'People', 'probe_loss', 'train_probe', 'save_probe',
            'load_probe', 'judge', 'identity_distance', 'grade']
 
-# %% ../../nbs/data/14_probes.ipynb #d42cc62d
+# %% ../../nbs/data/14_probes.ipynb #fe02fdee
 import importlib.util, json, time
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from einops import rearrange
 from ..metrics import pearson
-from .portraits import Identity, Layers, MOTION, bake, pose
+from .portraits import Identity, Layers, MOTION, bake, compiled_pose, pose
 from .speech import MOUTH
 from .clips import MOODS, frame_times, mood_vector, motion, write_script
 
@@ -146,7 +146,7 @@ def new_probe(
     if name not in PROBES: raise ValueError(f"probe is {name!r}; accepted: 'a' or 'b'.")
     with torch.random.fork_rng(): torch.manual_seed(dict(a=1, b=2)[name]); return PROBES[name]()
 
-# %% ../../nbs/data/14_probes.ipynb #f82c62bc
+# %% ../../nbs/data/14_probes.ipynb #eb339a37
 def _bake_ahead(queue, first, step, device, views):
     "A process that bakes people `first`, `first + step`, … and waits when the queue is full."
     torch.set_num_threads(1)
@@ -169,7 +169,7 @@ class People:
     ):
         self.pool, self.device, self.views = pool.to(device), device, views
         self.g, self.next, self.turn = torch.Generator(device).manual_seed(seed), first, 0
-        self.pose, self.queues = torch.compile(pose, dynamic=False) if fast else pose, []
+        self.pose, self.queues = compiled_pose() if fast else pose, []
         here = str(device) != 'cpu'                                     # the first crowd need not wait for the workers
         self.later = (workers, first + n, bake_on or device) if workers and here else None      # they start with the first replacement
         if workers and not here: self.employ(workers, first, bake_on or device)
