@@ -214,7 +214,7 @@ def data_scenes(a):
     scenes.save(a.out)
     print(f'{a.out}: {scenes!r}')
 
-# %% ../nbs/90_cli.ipynb #3a03c922
+# %% ../nbs/90_cli.ipynb #e6d47a75
 @command('train model', 'train backbone, head and projectors together (page 50); under torchrun or deepspeed on many GPUs (page 51)', 'midas-ref train model runs/1 --data scenes.safetensors --minutes 25 --end .5 --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/1 --data scenes.safetensors --minutes 25 --begin .5 --resume --device cuda --workers 12 --bake-on cpu\nmidas-ref train model runs/paper --preset paper --data latents --dry-run --gpus 64\ntorchrun --no-python --nproc-per-node 8 midas-ref train model runs/paper --preset paper --data latents --backbone Qwen/Qwen2.5-3B --resume',
     option('out', metavar='OUT', help='folder for checkpoints, log and model'),
     option('--data', metavar='DATA', required=True, help='file that midas-ref data scenes wrote (one device, or a few under torchrun), folder that midas-ref data encode wrote, or synthetic (both under torchrun or deepspeed)'),
@@ -252,7 +252,7 @@ def train_model(a):
     people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
     pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None)
     del people
-    trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(muon=a.muon) if a.lr is None else T.Recipe(muon=a.muon, lr=a.lr), fast=device != 'cpu')
+    trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(lr=a.lr or T.Recipe.lr, muon=a.muon), fast=device != 'cpu')
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
     T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan((a.rows, 6), (max(1, a.rows//3), 16)))
     print(f'{out}/midas: step {trainer.step}')

@@ -9,7 +9,6 @@ from midas_ref.data import probes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
     "Pools of mouths and motion from a few scenes instead of hundreds."
@@ -47,8 +46,8 @@ def test_tokenizer(capsys, tmp_path):
     ok(capsys, 'train', 'audio', tmp_path/'a.safetensors', '--hours', .005, '--minutes', .01, '--batch', 1, '--seconds', 1.6, '--workers', 1, '--flite', 0, '--device', 'cpu')
     assert (tmp_path/'a.safetensors').is_file() and json.loads((tmp_path/'a.json').read_text())
 
-def test_scenes_to_latents_to_a_model(capsys, tmp_path):
-    "The road of many GPUs with one process: scenes, latents, and latents of packed clips."
+def test_scenes_to_latents(capsys, tmp_path):
+    "The road of many GPUs: scenes, drawn and encoded."
     ok(capsys, 'data', 'scenes', tmp_path/'s.safetensors', '--hours', 2*1.44/3600, '--seconds', 1.44, '--workers', 0)
     out = ok(capsys, 'data', 'encode', tmp_path/'s.safetensors', tmp_path/'latents', '--people', 2, '--device', 'cpu')
     assert '1 of 1 shards, pieces of 18 frames' in out

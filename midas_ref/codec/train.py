@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
            'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
-           'agree', 'record', 'SpatialTrainer', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'RunLog',
-           'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part',
-           'codec_trainer', 'exam_hash', 'exam']
+           'agree', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint', 'load_checkpoint',
+           'DrawnPictures', 'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks',
+           'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -269,8 +269,19 @@ class SpatialTrainer:
         self.teach(y, x, progress)
         return out
 
-# %% ../../nbs/codec/24_train.ipynb #757a445b
-def _moments(opt): return {f'{i}.{k}': v if isinstance(v, Tensor) else torch.tensor(v) for i, st in opt.state_dict()['state'].items() for k, v in st.items()}
+# %% ../../nbs/codec/24_train.ipynb #9794f66b
+def moments(opt)->dict:   # number of the parameter and name of the moment -> tensor
+    "What an optimiser remembers, as a file can hold it."
+    return {f'{i}.{k}': torch.as_tensor(v) for i, st in opt.state_dict()['state'].items() for k, v in st.items()}
+
+def load_moments(
+    opt,          # an optimiser of the same parameters, changed in place
+    saved:dict,   # of `moments`
+):
+    "Give them back."
+    state = {}
+    for k, v in saved.items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.', 1)[1]] = v
+    opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
 def save_checkpoint(
     trainer,   # a trainer of this page
@@ -278,7 +289,7 @@ def save_checkpoint(
 ):
     "Write all that decides the next step, atomically."
     from safetensors.torch import save_file
-    parts = dict(model=trainer.model.state_dict(), ema=trainer.ema.state_dict(), critic=trainer.critic.state_dict(), opt=_moments(trainer.opt), copt=_moments(trainer.copt))
+    parts = dict(model=trainer.model.state_dict(), ema=trainer.ema.state_dict(), critic=trainer.critic.state_dict(), opt=moments(trainer.opt), copt=moments(trainer.copt))
     flat = {f'{p}:{k}': v.detach().cpu().contiguous().clone() for p, d in parts.items() for k, v in d.items()} | {'noise:': trainer.g.get_state()}
     path, part = Path(path), Path(f'{path}.partial')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,10 +307,7 @@ def load_checkpoint(
     for k, v in flat.items(): parts.setdefault(k.split(':', 1)[0], {})[k.split(':', 1)[1]] = v
     if not {'model', 'ema', 'critic', 'noise'} <= set(parts): raise ValueError(f"{path} is no checkpoint of this trainer; it holds {', '.join(sorted(parts))[:80]}.")
     for name in ('model', 'ema', 'critic'): getattr(trainer, name).load_state_dict(parts[name])
-    for name in ('opt', 'copt'):
-        opt, state = getattr(trainer, name), {}
-        for k, v in parts.get(name, {}).items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.', 1)[1]] = v
-        opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
+    for name in ('opt', 'copt'): load_moments(getattr(trainer, name), parts.get(name, {}))
     trainer.g.set_state(parts['noise']['']); trainer.step = int(safe_open(path, 'pt').metadata()['step'])
 
 # %% ../../nbs/codec/24_train.ipynb #cc4a3e27

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'Pool', 'check_scenes', 'draw_pool', 'change_weight',
-           'Recipe', 'inner_matrices', 'Optimisers', 'make_optimiser', 'own_frames', 'JointTrainer', 'save_run',
-           'load_run', 'swap_check', 'Plan', 'averaged', 'generate', 'sample_strip', 'train_model', 'new_midas']
+           'Recipe', 'inner_matrices', 'make_optimisers', 'own_frames', 'JointTrainer', 'save_run', 'load_run',
+           'swap_check', 'Plan', 'averaged', 'generate', 'sample_strip', 'train_model', 'new_midas']
 
-# %% ../../nbs/training/50_train.ipynb #9bc37761
+# %% ../../nbs/training/50_train.ipynb #a9adfd9c
 import copy, hashlib, json, math, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from ..data.clips import captions, frame_times, motion, reference_motion, write_
 from ..data.probes import WEIGHTS
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
-from ..codec.train import RunLog, agree, mean_over_ranks, rank, same_everywhere
+from ..codec.train import RunLog, agree, load_moments, mean_over_ranks, moments, rank, same_everywhere
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
@@ -219,48 +219,26 @@ class Recipe:
     muon:float = 0.           # learning rate of the matrices inside layers under Muon, in multiples of lr; 0: AdamW for all
     seed:int = 0              # of everything random
 
-# %% ../../nbs/training/50_train.ipynb #14697b29
+# %% ../../nbs/training/50_train.ipynb #84f39c02
 def inner_matrices(
     midas:Midas,   # any
 )->list:           # parameters
     "The matrices inside the layers of backbone and head."
-    inside = (*midas.backbone.qwen.layers, *midas.head.blocks, *([midas.head.modulation] if hasattr(midas.head, 'modulation') else []))
+    inside = (*midas.backbone.qwen.layers, *midas.head.blocks, midas.head.modulation)
     return [m.weight for part in inside for m in part.modules() if isinstance(m, nn.Linear)]
 
-class Optimisers:
-    "Several optimisers that act as one."
-    def __init__(self, *members): self.members = members
-    @property
-    def param_groups(self): return [g for o in self.members for g in o.param_groups]
-    def zero_grad(self, set_to_none:bool=True):
-        for o in self.members: o.zero_grad(set_to_none=set_to_none)
-    def step(self):
-        for o in self.members: o.step()
-    def first(self)->list:   # of each member, the number of its first parameter
-        return [sum(len(g['params']) for o in self.members[:k] for g in o.param_groups) for k in range(len(self.members))]
-    def state_dict(self)->dict: return dict(state={i + n: v for n, o in zip(self.first(), self.members) for i, v in o.state_dict()['state'].items()}, param_groups=self.param_groups)
-    def fits(self, state:dict)->bool:   # moments by number of the parameter
-        "Whether each member knows its moments: AdamW keeps two of a parameter, Muon one."
-        starts = self.first()
-        return all(('momentum_buffer' in v) == (len(starts) > 1 and i >= starts[1]) for i, v in state.items())
-    def load_state_dict(self, saved:dict):
-        "Give each member its share."
-        for n, o in zip(self.first(), self.members):
-            own = range(n, n + sum(len(g['params']) for g in o.param_groups))
-            o.load_state_dict(dict(state={i - n: v for i, v in saved['state'].items() if i in own}, param_groups=o.state_dict()['param_groups']))
-
-def make_optimiser(
+def make_optimisers(
     midas:Midas,      # what is trained
     params:list,      # all parameters, those of helpers as well
     recipe:Recipe,    # rate, decay, Muon or not
-)->Optimisers:        # groups of Muon have a 'scale' of the learning rate
-    "AdamW for everything; or Muon for the inner matrices and AdamW for the rest."
+)->list:              # one or two; groups of Muon have a 'scale' of the learning rate
+    "AdamW for everything; or AdamW and, for the inner matrices, Muon."
     inner = inner_matrices(midas) if recipe.muon else []
     rest = [p for p in params if all(p is not q for q in inner)]
     groups = [dict(params=[p for p in rest if (p.ndim > 1) == big], weight_decay=recipe.decay*big) for big in (True, False)]   # matrices decay, vectors do not
     opt = [torch.optim.AdamW(groups, recipe.lr, betas=(.9, .95), fused=params[0].is_cuda)]
     if inner: opt.append(torch.optim.Muon([dict(params=inner, scale=recipe.muon)], recipe.lr, weight_decay=recipe.decay, momentum=.95, adjust_lr_fn='match_rms_adamw'))
-    return Optimisers(*opt)
+    return opt
 
 # %% ../../nbs/training/50_train.ipynb #8ab7db1e
 @torch.no_grad()
@@ -282,7 +260,7 @@ def own_frames(
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
-# %% ../../nbs/training/50_train.ipynb #5ebaa16e
+# %% ../../nbs/training/50_train.ipynb #c4b8c695
 class JointTrainer:
     "Trains a `Midas` on a pool."
     def __init__(self,
@@ -297,7 +275,7 @@ class JointTrainer:
         self.reader = nn.Sequential(nn.LayerNorm(midas.cfg.backbone.width), nn.Linear(midas.cfg.backbone.width, len(MOUTH))).to(self.device)
         self.params = [p for p in [*midas.parameters(), *self.reader.parameters()] if p.requires_grad]
         same_everywhere([*self.params, self.weight])
-        self.opt = make_optimiser(midas, self.params, recipe)
+        self.opts = make_optimisers(midas, self.params, recipe)
         self.ema = {k: v.detach().float().clone() for k, v in midas.trained_state().items() if v.is_floating_point()}
         self.g, self.cpu = (torch.Generator(d).manual_seed(recipe.seed + rank()) for d in (self.device, 'cpu'))      # each process its own batches and noise
         self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
@@ -334,8 +312,9 @@ class JointTrainer:
         "One step of the optimiser and of the average; `draw()` gives (batch, frames of a chunk or None)."
         r, total = self.r, {}
         rate = r.lr*min(1, (self.step+1)/r.warm)*(r.final + (1-r.final)*(.5 + .5*math.cos(math.pi*progress)))
-        for group in self.opt.param_groups: group['lr'] = rate*group.get('scale', 1)
-        self.opt.zero_grad(set_to_none=True)
+        for opt in self.opts:
+            opt.zero_grad(set_to_none=True)
+            for group in opt.param_groups: group['lr'] = rate*group.get('scale', 1)
         for _ in range(r.accumulate):
             batch, frames = draw()
             loss, parts = self.loss(batch, progress, frames)
@@ -343,20 +322,20 @@ class JointTrainer:
             total = {k: total.get(k, 0) + v/r.accumulate for k, v in parts.items()}
         mean_over_ranks(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, r.clip)
-        self.opt.step(); self.step += 1
+        for opt in self.opts: opt.step()
+        self.step += 1
         now = self.model.trained_state()
         torch._foreach_lerp_(list(self.ema.values()), [now[k].float() for k in self.ema], 1 - min(r.keep, self.step/(self.step+9)))
         return total | dict(norm=norm)
 
-# %% ../../nbs/training/50_train.ipynb #0129458d
+# %% ../../nbs/training/50_train.ipynb #da023a29
 def save_run(
     trainer:JointTrainer,   # any time between two steps
     path,                   # file, .safetensors
 ):
     "Write all that decides the next step, atomically."
     from safetensors.torch import save_file
-    moments = {f'{i}.{k}': torch.as_tensor(v) for i, st in trainer.opt.state_dict()['state'].items() for k, v in st.items()}
-    parts = dict(model=trainer.model.trained_state(), ema=trainer.ema, reader=trainer.reader.state_dict(), opt=moments, random=dict(device=trainer.g.get_state(), cpu=trainer.cpu.get_state()))
+    parts = {f'opt{i}': moments(o) for i, o in enumerate(trainer.opts)} | dict(model=trainer.model.trained_state(), ema=trainer.ema, reader=trainer.reader.state_dict(), random=dict(device=trainer.g.get_state(), cpu=trainer.cpu.get_state()))
     path, part = Path(path), Path(f'{path}.partial')
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({f'{p}:{k}': v.detach().cpu().contiguous().clone() for p, d in parts.items() for k, v in d.items()}, part, {'step': str(trainer.step)})
@@ -371,15 +350,13 @@ def load_run(
     if not Path(path).is_file(): raise FileNotFoundError(f"No checkpoint at {path}.")
     parts = {}
     for k, v in read_safetensors(path).items(): parts.setdefault(k.partition(':')[0], {})[k.partition(':')[2]] = v
-    if set(parts) != {'model', 'ema', 'reader', 'opt', 'random'}: raise ValueError(f"{path} is no checkpoint of a joint run; it holds {', '.join(sorted(parts))[:80]}.")
+    if not {'model', 'ema', 'reader', 'opt0', 'random'} <= set(parts): raise ValueError(f"{path} is no checkpoint of a joint run; it holds {', '.join(sorted(parts))[:80]}.")
     now = trainer.model.trained_state()
     if set(now) != set(parts['model']) or any(now[k].shape != v.shape for k, v in parts['model'].items()): raise ValueError(f"The checkpoint {path} belongs to a model of other sizes.")
-    state = {}
-    for k, v in parts['opt'].items(): state.setdefault(int(k.split('.')[0]), {})[k.split('.', 1)[1]] = v
-    if not trainer.opt.fits(state): raise ValueError(f"The checkpoint {path} was written by another optimiser: with Muon or without it; give the recipe that it was trained with.")
+    if ('opt1' in parts) != (len(trainer.opts) > 1): raise ValueError(f"The checkpoint {path} was written by another optimiser: with Muon or without it; give the recipe that it was trained with.")
     trainer.model.load_state_dict(parts['model'], strict=False); trainer.reader.load_state_dict(parts['reader'])
     trainer.ema = {k: v.to(trainer.device) for k, v in parts['ema'].items()}
-    trainer.opt.load_state_dict(dict(state=state))
+    for i, o in enumerate(trainer.opts): load_moments(o, parts[f'opt{i}'])
     trainer.g.set_state(parts['random']['device']); trainer.cpu.set_state(parts['random']['cpu'])
     trainer.step = int(safe_open(path, 'pt').metadata()['step'])
 
