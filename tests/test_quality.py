@@ -15,6 +15,7 @@ from midas_ref.conditions.pose import JointVelocity, in_heights
 from midas_ref.config import preset, to_dict
 from midas_ref.evaluation import ablations as A
 from midas_ref.evaluation import quality as Q
+from midas_ref.training import scale
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get('MIDAS_REAL', ROOT.parent/'shared'/'real'))
@@ -232,7 +233,7 @@ def test_command(capsys, tmp_path, monkeypatch, case):
     "Without a bundled model: one line, and the table of the rest."
     from midas_ref.data import probes
     assert CODEC.is_dir()
-    (tmp_path/'w').mkdir(); monkeypatch.setattr(probes, 'WEIGHTS', tmp_path/'w')
+    (tmp_path/'w').mkdir(); [monkeypatch.setattr(m, 'WEIGHTS', tmp_path/'w') for m in (probes, scale)]
     monkeypatch.setattr(probes, 'load_probe', lambda *a, **k: Reader().eval()); monkeypatch.setattr(Q, 'load_probe', lambda *a, **k: Reader().eval())
     monkeypatch.setattr(Q, 'make_case', lambda *a, **k: case)
     monkeypatch.setattr(Q, 'exam_scripts', lambda *a, **k: [('talk', lambda: case.script)])

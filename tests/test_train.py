@@ -10,6 +10,7 @@ from midas_ref.codec.train import moments
 from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
 from midas_ref.model.midas import Midas
+from midas_ref.training import scale
 from midas_ref.training.train import JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
@@ -238,7 +239,7 @@ def call(capsys, *args):
 def weights(tmp_path, monkeypatch, hearing):
     "A stand-in for the bundled weights: only the tokenizer."
     (tmp_path/'w').mkdir(); save_audio(tmp_path/'w'/'audio.safetensors', hearing, dtype=torch.float32)
-    monkeypatch.setattr(probes, 'WEIGHTS', tmp_path/'w')
+    for m in (probes, scale): monkeypatch.setattr(m, 'WEIGHTS', tmp_path/'w')            # a module that is first imported here would keep it
     return tmp_path/'w'
 
 def test_commands(capsys, tmp_path, monkeypatch, weights, hearing):
