@@ -225,13 +225,13 @@ class MidasConfig:
         b = self.backbone
         return b.layers * 2 * b.kv_heads * b.head_dim * 2
 
-# %% ../nbs/00_config.ipynb #4866c587
+# %% ../nbs/00_config.ipynb #82fd4f8b
 def _tiny():
     "The preset that a laptop can run."
     return MidasConfig(name='tiny',
         video=VideoConfig(height=256, width=256),
         codec=CodecConfig(encoder_widths=(16, 32, 64, 128, 128, 128, 256), encoder_depths=(0, 1, 1, 1, 1, 1, 1),
-                          decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 1, 1, 2, 2, 2, 1), attention_from=5, temporal_from=5),
+                          decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 1, 1, 2, 2, 2, 1), attention_from=5, temporal_from=6),
         audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4, positions='rotary'),
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=704, name=''),
