@@ -477,6 +477,23 @@ def test_stage_1_goes_on_from_the_image_part_of_a_video_codec(tmp_path):
     with torch.no_grad(): assert gap(trainer.model.eval()(x), codec(x[:, None])[:, 0]) < 1e-5
     assert all(p.requires_grad for p in trainer.model.parameters())
 
+@pytest.mark.parametrize('stage', [1, 3])
+def test_a_trained_codec_goes_on_where_it_was(stage, tmp_path):
+    "Batch norms with an old memory must not make another codec of it."
+    from midas_ref.codec.train import codec_trainer, train_codec
+    codec = video(replace(LIGHT, decoder_norm='batch'))
+    for m in codec.decoder.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .05); m.running_var.fill_(.01); torch.nn.init.normal_(m.weight, 0, .2)
+    codec.eval().save(tmp_path/'start'); x = clip(8, 1, 128, 128); shape = (8, 1) if stage == 3 else (8,)
+    batch = x.view(*shape, *x.shape[-3:]), torch.rand(*shape, 2, 128, 128)
+    def first(settled):
+        trainer = codec_trainer(stage, tmp_path/'start', lr=1e-9); assert not trainer.settled
+        with torch.no_grad(): want = trainer.model.eval().decoder(trainer.model.encoder(batch[0])); trainer.model.train()
+        trainer.settled = settled; train_codec(trainer, lambda: batch, 0, tmp_path/f'{settled}', steps=1, say=None)
+        with torch.no_grad(): return gap(trainer.model.decoder(trainer.model.encoder(batch[0])), want), gap(trainer.ema.decoder(trainer.ema.encoder(batch[0])), want)
+    assert first(False)[0] < .05 and first(False)[1] < .05
+    if stage == 1: assert first(True)[0] > .3                                  # without it: another codec
+
 def test_noise_in_training_differs_from_picture_to_picture():
     from midas_ref.codec.train import SpatialTrainer
     from midas_ref.data.probes import new_probe

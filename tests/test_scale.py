@@ -262,15 +262,15 @@ def test_encoded_clips(encoded, whole_midas):
         tokens = [whole_midas.audio(torch.from_numpy(c.audio)[None]).ids[0] for c in map(Clips().__getitem__, range(3))]
     for position in range(60):
         x = data.item(position)
-        clip, start = divmod(int(x['mouth'][0, 0]), 100)
+        clip, start = divmod(int(x['face'][0, 0]), 100)
         want, ids = z[clip], tokens[clip]
-        assert torch.equal(x['mouth'][:, 0], 100*clip + start + torch.arange(6.)) and start % 6 == 0
+        assert torch.equal(x['face'][:, 0], 100*clip + start + torch.arange(6.)) and start % 6 == 0
         assert torch.allclose(x['latents'], want[start:start+6], atol=2e-2) and torch.equal(x['audio'], whole_midas.audio.codebook.weight[ids[start:start+6]])
         assert torch.allclose(x['velocity'][1:, 0, 0], torch.tensor(12.5/128), atol=1e-3) and x['known'][1:].all()
         assert x['text'][0, 0] == ord('abcd'[min(int((start + 3)/26*4), 3)]) + 3
         seen.add((position//6, clip, start//12))
     two = S.Latents(out, small(), 2).item(0)
-    clip, start = divmod(int(two['mouth'][0, 0]), 100)
+    clip, start = divmod(int(two['face'][0, 0]), 100)
     assert two['text'][:, 0].tolist() == [ord('abcd'[min(int((start + k + 3)/26*4), 3)]) + 3 for k in (0, 6)] and len(set(two['text'][:, 0].tolist())) == 2
     assert len(seen) == 60                                                    # each piece once in every epoch
     assert [data.rows[i] for i in S._order(6, 0, 0)] != [data.rows[i] for i in S._order(6, 0, 1)]
@@ -284,8 +284,8 @@ def test_encoded_scenes(whole_midas, tmp_path):
     note, make = S.scene_shards(scenes, people, whole_midas, per_shard=2)
     assert S.encode_shards(tmp_path, note, whole_midas.audio.codebook.weight, make, say=lambda _: None) == 36 and list(note['shards'].values()) == [2, 1]
     whole, parts = T.draw_pool(scenes, people, whole_midas, together=1), [load_file(tmp_path/n) for n in note['shards']]
-    got = {k: torch.cat([p[k] for p in parts]) for k in ('latents', 'audio', 'mouth')}
-    assert torch.equal(got['audio'].long(), whole.audio) and torch.equal(got['mouth'].float(), whole.mouth)
+    got = {k: torch.cat([p[k] for p in parts]) for k in ('latents', 'audio', 'face')}
+    assert torch.equal(got['audio'].long(), whole.audio) and torch.equal(got['face'].float(), whole.face)
     gap = lambda a, b: (a.float() - b.float()).abs().mean().item()
     assert gap(got['latents'], whole.latents) < .01 < gap(got['latents'][:1], whole.latents[1:2])
 
@@ -326,7 +326,7 @@ def test_captions_of_a_published_t5(reader, tmp_path, monkeypatch):
     data, seen = S.Latents(tmp_path, cfg, 1), set()
     want = {w: (midas.words(midas.words.ids([w]))[0] if w else torch.zeros(12, 64)) for w in Clips.words}
     for position in range(30):
-        x = data.item(position); start = int(x['mouth'][0, 0]) % 100
+        x = data.item(position); start = int(x['face'][0, 0]) % 100
         word = Clips.words[min(int((start + 3)/26*4), 3)]; seen.add(word)
         assert torch.allclose(x['text'][0], want[word].bfloat16().float(), atol=1e-6), word
     assert seen == {'smiling', '', 'sad'}

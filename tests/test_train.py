@@ -11,7 +11,7 @@ from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
-from midas_ref.training.train import JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import FACE, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, draw_pool, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -27,7 +27,7 @@ def numbered(scenes=3, frames=36, per_token=1):
     chunks = frames//(6*per_token)
     latents = (at[..., None, None, None] + torch.zeros(scenes, frames, 128, 2, 2)).half().float()
     return Pool(latents, torch.randn(scenes, 2, 128, 2, 2), at[..., None, None].expand(-1, -1, 12, 2)/1000, torch.ones(scenes, frames, 12, dtype=torch.bool),
-                torch.arange(scenes*frames//per_token).view(scenes, -1), (torch.arange(scenes*chunks).view(scenes, -1, 1) % 100 + 5).expand(-1, -1, 64).int(), at[..., None].expand(-1, -1, 9)/1000,
+                torch.arange(scenes*frames//per_token).view(scenes, -1), (torch.arange(scenes*chunks).view(scenes, -1, 1) % 100 + 5).expand(-1, -1, 64).int(), at[..., None].expand(-1, -1, len(FACE))/1000,
                 torch.arange(scenes*frames//per_token)[:, None].expand(-1, 32).float(), 'none')
 
 @pytest.fixture(scope='module')
@@ -47,15 +47,15 @@ def scenes(hearing): return write_scenes(hearing, 2, 1.44)
 
 @pytest.mark.parametrize('frames, chunks', [(1, 7), (2, 5), (3, 4), (6, 3), (6, 6)])
 def test_batch_is_aligned(frames, chunks):
-    "Audio, pose, mouth and caption of every frame are those of its own time, whatever the chunk length."
+    "Audio, pose, face and caption of every frame are those of its own time, whatever the chunk length."
     p, g = numbered(), torch.Generator().manual_seed(frames)
-    latents, reference, signals, mouth = p.batch(64, chunks, frames, g)
+    latents, reference, signals, face = p.batch(64, chunks, frames, g)
     assert latents.shape == (64, chunks*frames, 128, 2, 2) and reference.shape == (64, 128, 2, 2) and signals['text'].shape == (64, chunks, 64)
     when = latents[:, :, 0, 0, 0]
     scene, t = (when//1000).long(), (when % 1000).long()
     assert (scene == scene[:, :1]).all() and (t.diff(dim=1) == 1).all() and (t[:, 0] % frames == 0).all()
     assert torch.equal(signals['audio'][..., 0].long(), scene*36 + t)
-    assert torch.allclose(signals['pose'].velocity[..., 0, 0], when/1000) and torch.allclose(mouth[..., 0], when/1000)
+    assert torch.allclose(signals['pose'].velocity[..., 0, 0], when/1000) and torch.allclose(face[..., 0], when/1000)
     middle = t[:, frames//2::frames]
     assert torch.equal(signals['text'][..., 0], (scene[:, ::frames]*6 + middle//6) % 100 + 5)
     assert t.max() == 35 and t.min() == 0 and len(scene.unique()) == 3                               # the ends of a scene are drawn too
@@ -66,10 +66,32 @@ def test_batch_at_25_frames_a_second():
     when = latents[:, ::2, 0, 0, 0]
     assert torch.equal(signals['audio'][..., 0].long(), ((when//1000)*18 + (when % 1000)//2).long())
 
-def test_reference_is_of_the_same_scene():
-    p = numbered()
-    latents, reference, *_ = p.batch(32, 2)
-    for z, r in zip(latents, reference): assert any(torch.equal(r, q) for q in p.reference[int(z[0, 0, 0, 0]//1000)])
+@pytest.mark.parametrize('frames', [1, 3, 6])
+def test_reference_is_of_the_same_scene_and_of_the_start(frames):
+    p = numbered(); many = p.reference.shape[1]
+    latents, reference, *_ = p.batch(32, 2, frames)
+    for z, r in zip(latents, reference):
+        scene, start = divmod(int(z[0, 0, 0, 0]), 1000)
+        assert torch.equal(r, p.reference[scene, start*many//36])
+
+def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing, monkeypatch):
+    "The k-th portrait of a scene has the pose of the frame before the k-th chunk, closed lips and open eyes; the odd ones its mood, too."
+    from types import SimpleNamespace
+    from midas_ref.data.portraits import MOTION, Identity, bake
+    seen = []
+    class People:
+        device, layers = 'cpu', bake([Identity.random(0)], 64, views=(3, 1))
+        def draw(self, who, m): seen.append(m); return torch.zeros(*m.shape[:2], 3, 64, 64)
+    codec = SimpleNamespace(mean=torch.zeros(1), encode=lambda x, check: torch.zeros(*x.shape[:2], 128, 1, 1), fingerprint=lambda: 'x')
+    cfg = dataclasses.replace(small(), frames_per_chunk=6)
+    pool = draw_pool(scenes, People(), SimpleNamespace(codec=codec, audio=hearing, cfg=cfg), together=1)
+    assert pool.reference.shape[:2] == (2, 3)
+    for k, drawn in enumerate(torch.cat(seen, 1)[0].split(18 + 3)):
+        truth, portraits = drawn[:18], drawn[18:]
+        for i, r in enumerate(portraits):
+            at, same = truth[max(0, 6*i - 1)], lambda *names: torch.allclose(r[[MOTION.index(n) for n in names]], at[[MOTION.index(n) for n in names]])
+            assert same('yaw', 'pitch', 'roll', 'tx', 'ty', 'tz', 'gaze_x', 'gaze_y') and not r[[MOTION.index(n) for n in ('open', 'jaw', 'blink_l', 'blink_r')]].any()
+            assert same('smile', 'squint', 'furrow', 'brow_l', 'brow_r') or (3*k + i) % 2 == 0
 
 @pytest.mark.parametrize('rows, chunks, frames, per_token, said', [(1, 7, 6, 1, '36 frames'), (1, 40, 1, 1, '36 frames'), (0, 1, 6, 1, '1 or more'), (1, 0, 6, 1, '1 or more'), (1, 1, 0, 1, '1 or more'), (1, 2, 3, 2, 'whole audio tokens')])
 def test_batch_refuses(rows, chunks, frames, per_token, said):
@@ -280,7 +302,7 @@ from test_train import numbered, small
 from dataclasses import replace
 from midas_ref.codec.train import join_ranks, rank
 from midas_ref.model.midas import Midas
-from midas_ref.training.train import JointTrainer, Plan, train_model
+from midas_ref.training.train import FACE, JointTrainer, Plan, train_model
 torch.set_num_threads(1); join_ranks()
 torch.manual_seed(rank())                                                          # every process begins elsewhere
 pool = numbered(); pool = replace(pool, latents=torch.randn(3, 36, 128, 2, 2), codes=torch.randn(108, 32))

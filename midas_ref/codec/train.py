@@ -4,8 +4,8 @@
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
            'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
            'agree', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint', 'load_checkpoint',
-           'DrawnPictures', 'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks',
-           'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
+           'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool',
+           'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -200,7 +200,7 @@ def record(
         trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(*zip(*parts))
     trainer.record = False
 
-# %% ../../nbs/codec/24_train.ipynb #2cf82bc8
+# %% ../../nbs/codec/24_train.ipynb #0d45d9c9
 class SpatialTrainer:
     "Stage 1: one picture at a time."
     def __init__(self,
@@ -222,6 +222,7 @@ class SpatialTrainer:
         self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99), **on)
         self.g = torch.Generator(self.device).manual_seed(seed)
         self.encode, self.decode, self.record = model.encoder, model.decoder, fast
+        self.settled = True                                                   # False: the weights come from a trained codec, see `settle_norms`
 
     def half(self): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda')
 
@@ -347,6 +348,32 @@ class DrawnPictures:
         cut = lambda v: rearrange(v, '(g b) (s t) c h w -> (g s) b t c h w', g=self.groups, s=self.sets)
         return [tuple(v.flatten(0, 1) for v in batch) for batch in zip(*map(cut, drawn))]
 
+# %% ../../nbs/codec/24_train.ipynb #c3b2408d
+@torch.no_grad()
+def settle_norms(
+    codec:nn.Module,   # with an encoder and a decoder; changed in place, what it computes in eval mode stays
+    batches,           # pictures or clips in [-1, 1], a few hundred pictures in all
+)->dict:               # for each batch norm, how many times the remembered deviation the true one is (median of its channels)
+    "Bring what batch norms remember up to date, and let their weights and biases make up for it."
+    norms, seen, was = {n: m for n, m in codec.named_modules() if isinstance(m, nn.BatchNorm2d)}, {}, codec.training
+    def see(m, args):
+        x = rearrange(args[0].double(), 'n c h w -> c (n h w)')
+        seen[m] = [a + b for a, b in zip(seen.get(m, (0, 0, 0)), (x.shape[1], x.sum(1), x.square().sum(1)))]
+    hooks = [m.register_forward_pre_hook(see) for m in norms.values()]
+    codec.eval()
+    for x in batches: codec.decoder(codec.encoder(x))
+    for h in hooks: h.remove()
+    codec.train(was)
+    grown = {}
+    for name, m in norms.items():
+        n, total, square = seen[m]
+        mean = total/n; var = (square/n - mean.square()).clamp(min=0)
+        old, new = (m.running_var.double() + m.eps).sqrt(), (var + m.eps).sqrt()
+        m.bias.add_(m.weight*(mean - m.running_mean)/old); m.weight.mul_(new/old)
+        m.running_mean.copy_(mean); m.running_var.copy_(var)
+        grown[name] = (new/old).median().item()
+    return grown
+
 # %% ../../nbs/codec/24_train.ipynb #c8044a4a
 class RunLog:
     "What a run leaves behind: log.jsonl, pictures, and TensorBoard events if tensorboard is installed."
@@ -380,7 +407,7 @@ class RunLog:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../../nbs/codec/24_train.ipynb #2c0a2aa0
+# %% ../../nbs/codec/24_train.ipynb #ddba4e79
 def train_codec(
     trainer:SpatialTrainer,   # of any stage, new or resumed
     draw,                     # called without arguments: what `trainer.update` takes, without the progress
@@ -394,6 +421,9 @@ def train_codec(
     "One piece of one stage; the averaged codec is saved ten times on the way, and with its statistics at the end."
     out, lead, start, last, n = Path(out), rank() == 0, time.time(), -1, 0
     log = RunLog(out, say) if lead else None
+    if not trainer.settled and trainer.step == 0:
+        settle_norms(trainer.model, (draw()[0] for _ in range(4)))
+        same_everywhere(trainer.model.state_dict().values()); trainer.ema.load_state_dict(trainer.model.state_dict()); trainer.settled = True
     while True:
         done = agree(n/steps if steps else min((time.time() - start)/(60*minutes), 1))
         if done >= 1: break
@@ -530,7 +560,7 @@ class RealClips:
         masks = torch.stack([m for _, m in chosen]).to(self.device)[:, None].expand(-1, t, -1, -1, -1)
         return (x[:, 0], masks[:, 0]) if t == 1 else (x, masks)
 
-# %% ../../nbs/codec/24_train.ipynb #5209cb66
+# %% ../../nbs/codec/24_train.ipynb #0542408a
 def image_part(
     video:VideoDCAE,   # any
 )->DCAE:               # copies of its weights
@@ -557,7 +587,9 @@ def codec_trainer(
     model = load_dcae(start, cfg, VideoDCAE) if start else near_identity(DCAE(cfg or preset('tiny').codec))
     if stage == 1 and start: model = image_part(model)
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
-    return SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, only_time=stage == 2, seed=seed, **kw)
+    trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, only_time=stage == 2, seed=seed, **kw)
+    trainer.settled = not start
+    return trainer
 
 # %% ../../nbs/codec/24_train.ipynb #b1490b11
 def exam_hash(

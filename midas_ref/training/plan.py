@@ -26,7 +26,7 @@ class GPU:
 
     def link(self, world:int): return self.node if world <= self.per_node else self.network   # the slowest wire of a ring of `world` GPUs
 
-# %% ../../nbs/training/53_plan.ipynb #312a408c
+# %% ../../nbs/training/53_plan.ipynb #a9a49287
 def latent_bytes(
     cfg:MidasConfig,   # sizes
     hours:float,       # of video
@@ -36,7 +36,7 @@ def latent_bytes(
     "What `midas-ref data encode` writes."
     s = hours*3600
     return dict(latents=s*cfg.video.fps*cfg.video.tokens*cfg.codec.latent_channels*2, audio=s/cfg.audio.token_seconds*4, pose=s*cfg.video.fps*keypoints*(2*2 + 1),
-                text=s/cfg.chunk_seconds*letters*4, mouth=s*cfg.video.fps*9*4)
+                text=s/cfg.chunk_seconds*letters*4, face=s*cfg.video.fps*16*4)
 
 # %% ../../nbs/training/53_plan.ipynb #33e225e8
 def encoding_hours(

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'FREE', 'PEAKS', 'TrainConfig', 'train_preset', 'with_settin
            'kernels', 'plan_lines', 'encoders', 'encoding_note', 'begin_encoding', 'encode_shards', 'scene_shards',
            'encode_clip', 'clip_shards']
 
-# %% ../../nbs/training/51_deepspeed.ipynb #eddb6aa8
+# %% ../../nbs/training/51_deepspeed.ipynb #675a4209
 import contextlib, copy, dataclasses, io, json, math, os, shutil, signal, socket, subprocess, sys, time, warnings, zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..config import MidasConfig, backbone_cost, from_dict, head_cost, preset, to_dict
 from ..data.probes import WEIGHTS
 from ..data.shards import atomic, epoch_order, write_json
-from ..data.speech import MOUTH
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
 from ..codec.train import RunLog
@@ -36,9 +35,9 @@ from ..model.mask import training_mask
 from ..model.midas import Midas
 from ..model.noise import noise_sigmas
 from ..model.tokens import chunk_layout
-from .train import JointTrainer, Pool, Recipe, change_weight
+from .train import FACE, JointTrainer, Pool, Recipe, change_weight
 
-# %% ../../nbs/training/51_deepspeed.ipynb #37f92e35
+# %% ../../nbs/training/51_deepspeed.ipynb #fcecde92
 KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
 
 def _refuse(what, given, accepted): raise ValueError(f"{what} is {given!r}; accepted: {accepted}.")
@@ -67,7 +66,7 @@ class TrainConfig:
     blind: float = 0.              # share of sequences without a past
     own: float = 0.                # share of own frames in the past, in the last part
     own_from: float = .75          # progress at which that part begins
-    reader: float = 0.             # weight of the mouth reader at the start; a sixth of it at the end
+    reader: float = 0.             # weight of the reader of the face at the start; a sixth of it at the end
     workers: int = 2               # processes that read data, for each device
     save_every: int = 1000         # steps between checkpoints
     keep: int = 3                  # checkpoints that stay
@@ -160,12 +159,12 @@ def loader(
     "Iterate over (block, batch), in order whatever the number of workers."
     return iter(DataLoader(blocks, batch_size=None, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0))
 
-# %% ../../nbs/training/51_deepspeed.ipynb #c91aa9a9
+# %% ../../nbs/training/51_deepspeed.ipynb #8cdb4819
 def _together(items):
     "Rows of tensors to a batch as `Pool.batch` makes it."
     x = {k: torch.stack([i[k] for i in items]) for k in items[0]}
     signals = dict(audio=x['audio'], pose=Motion(x['velocity'], x['known'])) | (dict(text=x['text']) if 'text' in x else {})
-    return x['latents'], x['reference'], signals, x['mouth']
+    return x['latents'], x['reference'], signals, x['face']
 
 class Synthetic:
     "Random walks of latents with random signals, each a function of its position."
@@ -186,7 +185,7 @@ class Synthetic:
         x = randn(1, *self.shape) + .1*randn(t, *self.shape).cumsum(0)
         text = torch.randint(2, 258, (k, 64), generator=g) if self.said is None else self.said[torch.randint(4, (k,), generator=g)]
         return dict(latents=x/x.std(), reference=randn(*self.shape), audio=randn(k*self.cfg.audio_tokens, self.cfg.audio.width), velocity=randn(t, 12, 2),
-                    known=torch.ones(t, 12, dtype=torch.bool), text=text, mouth=randn(t, len(MOUTH)))
+                    known=torch.ones(t, 12, dtype=torch.bool), text=text, face=randn(t, len(FACE)))
 
     def batch(self, first:int, rows:int)->tuple: return _together([self.item(p) for p in range(first, first + rows)])
     def activity(self): return torch.ones(self.cfg.video.tokens, self.cfg.codec.latent_channels)
@@ -217,7 +216,7 @@ def read_captions(
         said += [h[:int((row > 0).sum())*bool(w.strip())].bfloat16().cpu() for h, row, w in zip(encoder(ids), ids, part)]
     return dict(text=which.view(text.shape[:2]).int(), said=torch.cat(said), starts=torch.tensor([0, *map(len, said)]).cumsum(0))
 
-# %% ../../nbs/training/51_deepspeed.ipynb #126b82d3
+# %% ../../nbs/training/51_deepspeed.ipynb #d199245d
 class Latents:
     "Encoded clips on disk, in an order that is new in each epoch."
     def __init__(self,
@@ -257,10 +256,10 @@ class Latents:
         start = int(rng.integers(self.note['frames']//frames - self.chunks + 1))*frames
         per = round(self.cfg.audio.token_seconds*self.cfg.video.fps)                 # frames of an audio token
         cut = lambda what, every=1: f.get_slice(what)[row:row+1, start//every:(start + span)//every][0]
-        who = int(rng.integers(f.get_slice('reference').get_shape()[1]))
+        who = start*f.get_slice('reference').get_shape()[1]//self.note['frames']     # the portrait of this part of the clip, see page 50
         text = dict(text=cut('text', frames).long()) if self.cfg.text.model == 'bytes' else self.said(f, cut('text', frames))
         return dict(latents=cut('latents').float(), reference=f.get_slice('reference')[row:row+1, who:who+1][0, 0].float(), audio=self.codes[cut('audio', per).long()],
-                    velocity=cut('velocity').float(), known=cut('known'), mouth=cut('mouth').float()) | text
+                    velocity=cut('velocity').float(), known=cut('known'), face=cut('face').float()) | text
 
     def said(self, f, which)->dict:
         "Features of captions, zero behind their ends; nothing, and so a placeholder, where none were encoded."
@@ -282,9 +281,9 @@ class Latents:
 @lru_cache(4)
 def _order(n, seed, epoch): return epoch_order(n, seed, epoch)
 
-# %% ../../nbs/training/51_deepspeed.ipynb #7d1a73c0
+# %% ../../nbs/training/51_deepspeed.ipynb #36b1152b
 class JointStep(nn.Module):
-    "Model, mouth reader and loss as one module."
+    "Model, reader of the face and loss as one module."
     context, loss = JointTrainer.context, JointTrainer.loss
     def __init__(self,
         midas:Midas,       # without codec and tokenizer: latents and tokens come from files
@@ -294,7 +293,7 @@ class JointStep(nn.Module):
         super().__init__()
         self.model, self.r, self.weight, self.tc = midas.train(), tc.recipe(), change_weight(activity), tc
         d = midas.cfg.backbone.width
-        self.reader = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, len(MOUTH)))
+        self.reader = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, len(FACE)))
         self.lengths = {midas.cfg.frames_per_chunk: midas}
 
     def settle(self, device):
@@ -384,7 +383,7 @@ def import_deepspeed(gpu:bool):
     logging.getLogger('DeepSpeed').setLevel(logging.ERROR)
     return deepspeed
 
-# %% ../../nbs/training/51_deepspeed.ipynb #f8190f07
+# %% ../../nbs/training/51_deepspeed.ipynb #e9a30c24
 def make_engine(
     midas:Midas,         # on the CPU
     source,              # `Synthetic` or `Latents`
@@ -407,9 +406,9 @@ def make_engine(
 def on(batch, device):
     "A batch on a device."
     go = lambda x: x.to(device, non_blocking=True)
-    latents, reference, signals, mouth = batch
+    latents, reference, signals, face = batch
     signals = {k: Motion(*map(go, v)) if isinstance(v, Motion) else go(v) for k, v in signals.items()}
-    return go(latents), go(reference), signals, go(mouth)
+    return go(latents), go(reference), signals, go(face)
 
 # %% ../../nbs/training/51_deepspeed.ipynb #de3cc0ae
 def file_sum(path)->list:
@@ -944,7 +943,7 @@ def encode_shards(
         say(f'{out}/{name}: {i + 1} of {len(todo)}, {done/(time.time() - start):.1f} frames/s')
     return done
 
-# %% ../../nbs/training/51_deepspeed.ipynb #b71db6e6
+# %% ../../nbs/training/51_deepspeed.ipynb #0d126e3a
 def scene_shards(
     scenes,             # `Scenes`
     people,             # who plays them
@@ -984,9 +983,9 @@ def encode_clip(
     velocity, known = (x[0] for x in JointVelocity(12, fps=v.fps)(in_heights(points, v.height, v.width)))
     for a in range(0, len(z) - frames + 1, frames):
         words = [said[min(int((a + k + f/2)/len(z)*len(said)), len(said) - 1)] for k in range(0, frames, f)]
-        mouth = torch.full((frames, len(MOUTH)), torch.nan) if motion is None else torch.from_numpy(np.array(motion[a:a+frames, :len(MOUTH)])).float()
+        face = torch.full((frames, len(FACE)), torch.nan) if motion is None else torch.from_numpy(np.array(motion[a:a+frames][:, FACE])).float()
         out.append(dict(latents=z[a:a+frames], reference=portrait if portrait is not None else z[(a + frames) % len(z)][None], velocity=velocity[a:a+frames], known=known[a:a+frames],
-                        audio=ids[a//per:(a + frames)//per], text=torch.tensor([byte_ids(w or '', long) for w in words]), mouth=mouth))
+                        audio=ids[a//per:(a + frames)//per], text=torch.tensor([byte_ids(w or '', long) for w in words]), face=face))
     return out
 
 def clip_shards(
