@@ -158,7 +158,7 @@ def train_probe(a):
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
 
-# %% ../nbs/90_cli.ipynb #c5ca5e1f
+# %% ../nbs/90_cli.ipynb #1b987bf7
 @command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
     option('out', metavar='OUT', help='folder for checkpoint, log, strips of pictures and codec'),
     option('--stage', type=int, choices=(1, 2, 3), default=1, help='1 pictures, 2 layers over time alone, 3 everything on clips (default 1)'),
@@ -166,6 +166,7 @@ def train_probe(a):
     option('--begin', type=number(float, 0, 1), default=0., help='progress of the stage at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
     option('--start-from', metavar='FOLDER', help='codec of the stage before; stages 2 and 3 need it'), option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors, to the bit'),
     option('--lr', type=number(float, 1e-6, 1), default=None, help='peak learning rate (default 4e-4, 4e-4, 1e-4 by stage)'),
+    option('--decoder-only', action='store_true', help='stage 3: leave the encoder alone, so that models trained on its latents stay valid'),
     option('--frames', type=number(int, 2, 256), default=8, help='frames of a clip in stages 2 and 3 (default 8; 16 in the last stretch)'),
     option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
     option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
@@ -176,7 +177,8 @@ def train_codec(a):
     from pathlib import Path
     from midas_ref.codec import train as T
     device, out = T.join_ranks(device_of(a.device)), Path(a.out)
-    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu')
+    if a.decoder_only and a.stage != 3: raise ValueError(f"--decoder-only belongs to stage 3; --stage is {a.stage}.")
+    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu', **dict(parts='decoder') if a.decoder_only else {})
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
     T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
 

@@ -478,6 +478,7 @@ def test_stage_1_goes_on_from_the_image_part_of_a_video_codec(tmp_path):
     assert all(p.requires_grad for p in trainer.model.parameters())
 
 @pytest.mark.parametrize('stage', [1, 3])
+@torch.enable_grad()
 def test_a_trained_codec_goes_on_where_it_was(stage, tmp_path):
     "Batch norms with an old memory must not make another codec of it."
     from midas_ref.codec.train import codec_trainer, train_codec
@@ -493,6 +494,18 @@ def test_a_trained_codec_goes_on_where_it_was(stage, tmp_path):
         with torch.no_grad(): return gap(trainer.model.decoder(trainer.model.encoder(batch[0])), want), gap(trainer.ema.decoder(trainer.ema.encoder(batch[0])), want)
     assert first(False)[0] < .05 and first(False)[1] < .05
     if stage == 1: assert first(True)[0] > .3                                  # without it: another codec
+
+@torch.enable_grad()
+def test_a_decoder_may_learn_alone(tmp_path):
+    "Latents and their fingerprint stay to the bit; the pictures change."
+    from midas_ref.codec.train import codec_trainer, train_codec
+    codec = video(replace(LIGHT, decoder_norm='batch')); codec.save(tmp_path/'start', torch.float16); codec = load_dcae(tmp_path/'start', cls=VideoDCAE)
+    batch = clip(2, 2, 128, 128), torch.rand(2, 2, 2, 128, 128)
+    train_codec(codec_trainer(3, tmp_path/'start', lr=1e-3, parts='decoder'), lambda: batch, 0, tmp_path/'run', steps=3, say=None)
+    after = load_dcae(tmp_path/'run'/'codec', cls=VideoDCAE)
+    with torch.no_grad(): z = codec.encode(batch[0]); assert torch.equal(after.encode(batch[0]), z) and gap(after.decode(z), codec.decode(z)) > 1e-4
+    assert after.fingerprint(decoder=False) == codec.fingerprint(decoder=False) and after.fingerprint() != codec.fingerprint()
+    with pytest.raises(ValueError, match="accepted: 'all', 'time' or 'decoder'"): codec_trainer(3, tmp_path/'start', parts='encoder')
 
 def test_noise_in_training_differs_from_picture_to_picture():
     from midas_ref.codec.train import SpatialTrainer

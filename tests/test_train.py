@@ -82,7 +82,7 @@ def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing, mo
     class People:
         device, layers = 'cpu', bake([Identity.random(0)], 64, views=(3, 1))
         def draw(self, who, m): seen.append(m); return torch.zeros(*m.shape[:2], 3, 64, 64)
-    codec = SimpleNamespace(mean=torch.zeros(1), encode=lambda x, check: torch.zeros(*x.shape[:2], 128, 1, 1), fingerprint=lambda: 'x')
+    codec = SimpleNamespace(mean=torch.zeros(1), encode=lambda x, check: torch.zeros(*x.shape[:2], 128, 1, 1), fingerprint=lambda decoder: 'x')
     cfg = dataclasses.replace(small(), frames_per_chunk=6)
     pool = draw_pool(scenes, People(), SimpleNamespace(codec=codec, audio=hearing, cfg=cfg), together=1)
     assert pool.reference.shape[:2] == (2, 3)

@@ -126,7 +126,7 @@ def check_latents(
     if z.ndim < 4 or z.shape[-3] != channels or 0 in z.shape: raise ValueError(f"Latents must be (..., {channels}, h, w) with a batch axis, none empty; these are {tuple(z.shape)}.")
     if values and not torch.isfinite(z).all(): raise ValueError("Latents have values that are not finite (NaN or infinity).")
 
-# %% ../../nbs/codec/21_dcae.ipynb #2ff5f8c4
+# %% ../../nbs/codec/21_dcae.ipynb #ec148283
 class DCAE(nn.Module):
     "The 64x autoencoder for single frames, with normalised latents."
     parts = Encoder, Decoder
@@ -162,10 +162,13 @@ class DCAE(nn.Module):
 
     def complete(self, state:dict)->dict: return state  # a subclass adds what published weights lack
 
-    def fingerprint(self)->str:
+    def fingerprint(self,
+        decoder:bool=True,   # False: of what makes the latents, which is the encoder and the statistics
+    )->str:
         "Twelve hexadecimal digits that change when any weight or statistic does."
         h = hashlib.sha256()
-        for k, v in sorted(self.state_dict().items()): h.update(k.encode()); h.update(v.detach().float().cpu().contiguous().numpy().tobytes())
+        for k, v in sorted(self.state_dict().items()):
+            if decoder or not k.startswith('decoder.'): h.update(k.encode()); h.update(v.detach().float().cpu().contiguous().numpy().tobytes())
         return h.hexdigest()[:12]
 
     def channels_last(self):

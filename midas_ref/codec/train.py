@@ -407,7 +407,7 @@ class RunLog:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../../nbs/codec/24_train.ipynb #ddba4e79
+# %% ../../nbs/codec/24_train.ipynb #3ab660c4
 def train_codec(
     trainer:SpatialTrainer,   # of any stage, new or resumed
     draw,                     # called without arguments: what `trainer.update` takes, without the progress
@@ -438,7 +438,8 @@ def train_codec(
     if lead:
         save_checkpoint(trainer, out/'checkpoint.safetensors')
         if n: log.picture('strip', trainer.step, strip(trainer.ema, x))
-        fit_statistics(trainer.ema, (draw()[0] for _ in range(16))).save(out/'codec', torch.float16)
+        if any(p.requires_grad for p in trainer.model.encoder.parameters()): fit_statistics(trainer.ema, (draw()[0] for _ in range(16)))
+        trainer.ema.save(out/'codec', torch.float16)
         log.close()
     agree(1.)                                                                 # nobody goes on before the codec is written
 
@@ -453,18 +454,19 @@ def strip(
     y = codec(x)
     return [x.flatten(0, -4), y.flatten(0, -4)]
 
-# %% ../../nbs/codec/24_train.ipynb #5e26a740
+# %% ../../nbs/codec/24_train.ipynb #91e48d40
 class ClipTrainer(SpatialTrainer):
     "Stages 2 and 3: short clips."
     def __init__(self,
         model:VideoDCAE,         # the codec, on its device
         probe:nn.Module,         # probe A, for features
         lr:float=3e-4,           # peak learning rate
-        only_time:bool=False,    # stage 2: move the layers over time alone
+        parts:str='all',         # what moves: 'all', 'time' (stage 2: the layers over time alone) or 'decoder' (latents stay what they are)
         **kw,                    # more arguments of `SpatialTrainer`
     ):
-        for name, p in model.named_parameters(): p.requires_grad_('.time.' in name or not only_time)
-        super().__init__(model, probe, lr, late=2. if only_time else 0., **kw)
+        if parts not in ('all', 'time', 'decoder'): raise ValueError(f"parts is {parts!r}; accepted: 'all', 'time' or 'decoder'.")
+        for name, p in model.named_parameters(): p.requires_grad_(parts == 'all' or (name.startswith('decoder.') if parts == 'decoder' else '.time.' in name))
+        super().__init__(model, probe, lr, late=2. if parts == 'time' else 0., **kw)
 
     def update(self,
         x:Tensor,        # clips in [-1, 1], (b, t, 3, 256, 256)
@@ -560,7 +562,7 @@ class RealClips:
         masks = torch.stack([m for _, m in chosen]).to(self.device)[:, None].expand(-1, t, -1, -1, -1)
         return (x[:, 0], masks[:, 0]) if t == 1 else (x, masks)
 
-# %% ../../nbs/codec/24_train.ipynb #0542408a
+# %% ../../nbs/codec/24_train.ipynb #5257013f
 def image_part(
     video:VideoDCAE,   # any
 )->DCAE:               # copies of its weights
@@ -587,7 +589,7 @@ def codec_trainer(
     model = load_dcae(start, cfg, VideoDCAE) if start else near_identity(DCAE(cfg or preset('tiny').codec))
     if stage == 1 and start: model = image_part(model)
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
-    trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, only_time=stage == 2, seed=seed, **kw)
+    trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, **dict(parts='time' if stage == 2 else 'all') | kw, seed=seed)
     trainer.settled = not start
     return trainer
 

@@ -288,7 +288,7 @@ def replay_latents(
             z = model.accept(x0[:, i], state, ids[:, i], (i+1) % f == 0, noise[:, i])
     return torch.stack(out, 1)
 
-# %% ../../nbs/model/46_midas.ipynb #b95b7255
+# %% ../../nbs/model/46_midas.ipynb #d69d3a8c
 def safe_dtype(
     model:nn.Module,   # frozen
 )->torch.dtype:
@@ -306,7 +306,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
     ):
         super().__init__(cfg, keypoints, backbone)
         self.frozen = nn.ModuleDict({k: m.eval().requires_grad_(False) for k, m in (('codec', codec), ('audio', audio)) if m is not None})
-        self.codec_hash = codec.fingerprint() if codec else ''
+        self.codec_hash = codec.fingerprint(decoder=False) if codec else ''
 
     @property
     def codec(self): return self._frozen('codec')
@@ -345,7 +345,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
     @classmethod
     def _from_pretrained(cls, *, model_id, **kw): return load_midas(Path(model_id), cls)
 
-# %% ../../nbs/model/46_midas.ipynb #4d351e64
+# %% ../../nbs/model/46_midas.ipynb #f2916e80
 def midas_folder(
     where,               # 'tiny', a folder, or a hub id such as user/name
     revision=None, token=None, cache_dir=None, local_files_only=False, force_download=False, **_,
@@ -378,8 +378,8 @@ def load_midas(
     info = read_config(folder)
     cfg, beside = from_dict(info['midas'], MidasConfig), folder if (folder/'codec').is_dir() else folder.parent
     codec = load_video_dcae(beside/'codec') if (beside/'codec').is_dir() else None
-    if codec and info['codec_hash'] and codec.fingerprint() != info['codec_hash']:
-        raise ValueError(f"The model in {folder} was trained with codec {info['codec_hash']}, but the codec beside it is {codec.fingerprint()}: its latents would mean something else.")
+    if codec and info['codec_hash'] and (own := codec.fingerprint(decoder=False)) != info['codec_hash']:
+        raise ValueError(f"The model in {folder} was trained with codec {info['codec_hash']}, but the codec beside it is {own}: its latents would mean something else.")
     audio = load_audio_weights(beside/'audio.safetensors')[0] if (beside/'audio.safetensors').is_file() else None
     model, state = cls(cfg, codec, audio, info['points']), read_safetensors(folder/'model.safetensors')
     wanted = model.trained_state()

@@ -677,7 +677,7 @@ def start_model(
     else: say('ALL WEIGHTS ARE RANDOM, THE BACKBONE INCLUDED.' + (f' The preset {name!r} means to start from {wanted}: add --backbone {wanted}.' if wanted else ''))
     return cfg, make
 
-# %% ../../nbs/training/51_deepspeed.ipynb #ee852450
+# %% ../../nbs/training/51_deepspeed.ipynb #2859520d
 def frozen_parts(
     codec=None,   # folder, file or hub id of a codec; None: the bundled one
     audio=None,   # of a tokenizer
@@ -701,7 +701,7 @@ def export_run(
     if path is None: raise FileNotFoundError(f"No checkpoint in {out}/checkpoints.")
     with quiet(): state = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), path.name)
     found, parts = frozen_parts(codec, audio) if manifest['codec_hash'] else (None, None), {}
-    for what, part, sign in zip(('codec', 'audio'), found, (lambda m: m.fingerprint(), tokenizer_hash)):
+    for what, part, sign in zip(('codec', 'audio'), found, (lambda m: m.fingerprint(decoder=False), tokenizer_hash)):
         if part is not None and sign(part) == manifest[f'{what}_hash']: parts[what] = part
         else: say(f"The model is written without its {what}: " + (f"the run used {manifest[f'{what}_hash']}; name it with --{what}." if manifest['codec_hash'] else 'synthetic data have none.'))
     with torch.device('meta'): model = Midas(from_dict(manifest['model'], MidasConfig))
@@ -876,7 +876,7 @@ def plan_lines(
             f"checkpoint   {14*n/gib:.1f} GiB, every {tc.save_every:,} steps, the last {tc.keep} kept: {14*n*tc.keep/gib:.0f} GiB on disk",
             f"schedule     {tc.warm:,} steps of warm-up to {tc.lr:g}, cosine to {tc.lr*tc.final:g}; AdamW {tc.beta1:g} {tc.beta2:g}, weight decay {tc.decay:g}, clipping {tc.clip:g}"]
 
-# %% ../../nbs/training/51_deepspeed.ipynb #b1dd05de
+# %% ../../nbs/training/51_deepspeed.ipynb #581fe2b8
 def encoders(
     name:str,     # preset
     codec=None,   # see `frozen_parts`
@@ -904,7 +904,7 @@ def encoding_note(
     from midas_ref.training.train import tokenizer_hash
     c = midas.cfg
     words = {} if c.text.model == 'bytes' else dict(captions=getattr(midas, 'reader', None))                 # which T5 read them, if any
-    return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, codec_hash=midas.codec.fingerprint(), audio_hash=tokenizer_hash(midas.audio), **words)
+    return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, codec_hash=midas.codec.fingerprint(decoder=False), audio_hash=tokenizer_hash(midas.audio), **words)
 
 def begin_encoding(
     out,          # folder

@@ -150,7 +150,7 @@ class Pool:
         signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known)), text=self.text[scene[:, None], chunk_of].long())
         return at(self.latents).float(), self.reference[scene, start*self.reference.shape[1]//t].float(), signals, at(self.face)
 
-# %% ../../nbs/training/50_train.ipynb #fa46ebf1
+# %% ../../nbs/training/50_train.ipynb #cac5a7c6
 def check_scenes(
     scenes:Scenes,   # any
     midas:Midas,     # with its tokenizer
@@ -191,7 +191,7 @@ def draw_pool(
     n = sum(len(a) for a in z)
     table = torch.tensor([byte_ids(c, 64) for c in scenes.captions], dtype=torch.int32)
     face = scenes.motion[:n][:, :, FACE].to(dev).float()/127
-    return Pool(torch.cat(z), torch.cat(refs), torch.cat(moves), torch.cat(seen), scenes.audio[:n].to(dev).long(), table[scenes.words[:n].long()].to(dev), face, midas.audio.codebook.weight.detach().float().to(dev), codec.fingerprint())
+    return Pool(torch.cat(z), torch.cat(refs), torch.cat(moves), torch.cat(seen), scenes.audio[:n].to(dev).long(), table[scenes.words[:n].long()].to(dev), face, midas.audio.codebook.weight.detach().float().to(dev), codec.fingerprint(decoder=False))
 
 # %% ../../nbs/training/50_train.ipynb #99f74500
 def change_weight(
