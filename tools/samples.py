@@ -1,8 +1,9 @@
 """Make data_samples/ (portraits, speech in five languages, one clip with its truth) and the picture of README.md: python tools/samples.py
 
 Everything is drawn and synthesised by this project, from the seeds below, so a second run gives the same files.
+`python tools/samples.py moving` makes the animation of README.md with the bundled model.
 """
-import json
+import json, sys
 from fractions import Fraction
 from pathlib import Path
 import av
@@ -70,6 +71,28 @@ def clip(seed=4, seconds=5.76, fps=25):
     truth = dict(seed=seed, fps=fps, captions=captions(s), phonemes=s.phonemes(), lips_open=[round(float(x), 3) for x in motion(s, frame_times(s.seconds, fps))[:, 1]])
     (OUT/'truth_clip.json').write_text(json.dumps(truth))
 
+def moving(side=224, chunks=10):
+    "The animation of README.md: talking, listening and steered, by the bundled model."
+    import torch
+    from midas_ref.conditions.pose import HeadRig
+    from midas_ref.inference.session import Session
+    from midas_ref.inference.video import load_portrait, visible_mark
+    from midas_ref.model.midas import Midas
+    midas = Midas.from_pretrained('tiny').eval()
+    n, rng = chunks*midas.cfg.chunk_samples, np.random.default_rng(0)
+    voice = lambda lang: np.resize(np.concatenate([soundfile.read(OUT/'speech'/f'{lang}.flac', dtype='float32')[0], np.zeros(RATE//2, np.float32)]), n)
+    rates = torch.zeros(1, 6*chunks, 3); rates[0, :, 0] = .55*torch.cos(torch.arange(6*chunks)/7)                            # to and fro
+    columns = []
+    for who, sound, steer in (('mira', voice('en-us'), {}), ('kenji', .0005*rng.standard_normal(n).astype(np.float32), {}), ('noor', voice('de'), dict(pose=HeadRig()(rates)[0]))):
+        session = Session(midas, load_portrait(OUT/'portraits'/f'{who}.png'), seed=1)
+        if steer: session.steer(**steer)
+        columns.append([np.asarray(Image.fromarray(visible_mark(x)).resize((side, side), Image.LANCZOS)) for x in session.stream(sound)])
+    frames = [Image.fromarray(np.concatenate(row, 1)) for row in zip(*columns)]
+    frames[0].save(OUT.parent/'nbs'/'images'/'live.webp', save_all=True, append_images=frames[1:], duration=80, loop=0, quality=60, method=6)
+    return frames
+
 if __name__ == '__main__':
-    portraits(); sheet(); speech(); clip()
+    if sys.argv[1:] == ['moving']: moving()
+    elif sys.argv[1:]: sys.exit(f"Unknown: {' '.join(sys.argv[1:])}; accepted: nothing, or moving.")
+    else: portraits(); sheet(); speech(); clip()
     print(sum(f.stat().st_size for f in OUT.rglob('*') if f.is_file() and 'weights' not in f.parts)//1024, 'kB in', OUT)

@@ -473,8 +473,8 @@ def load_portrait(
     k = size[0]/h
     return Portrait(picture, None if face is None else ((face[0] - l)*k, (face[1] - t)*k, face[2]*k), framing, (l, t, w, h), (img.height, img.width))
 
-# %% ../../nbs/inference/61_video.ipynb #759947a9
-THRESHOLDS = {'d699724c5c97': .0990}    # fingerprint of a codec -> `codec_error` between drawn portraits and photographs, by `fit_threshold`
+# %% ../../nbs/inference/61_video.ipynb #e1d8348d
+THRESHOLDS = {'dfa168468548': .0912}    # fingerprint of a codec -> `codec_error` between drawn portraits and photographs, by `fit_threshold`
 
 @torch.no_grad()
 def codec_error(
