@@ -407,7 +407,7 @@ class RunLog:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../../nbs/codec/24_train.ipynb #3ab660c4
+# %% ../../nbs/codec/24_train.ipynb #61f1db13
 def train_codec(
     trainer:SpatialTrainer,   # of any stage, new or resumed
     draw,                     # called without arguments: what `trainer.update` takes, without the progress
@@ -423,10 +423,10 @@ def train_codec(
     log = RunLog(out, say) if lead else None
     if not trainer.settled and trainer.step == 0:
         settle_norms(trainer.model, (draw()[0] for _ in range(4)))
-        same_everywhere(trainer.model.state_dict().values()); trainer.ema.load_state_dict(trainer.model.state_dict()); trainer.settled = True
+        same_everywhere(trainer.model.state_dict().values()); trainer.ema.load_state_dict(trainer.model.state_dict()); trainer.settled, start = True, time.time()
     while True:
         done = agree(n/steps if steps else min((time.time() - start)/(60*minutes), 1))
-        if done >= 1: break
+        if done >= 1 and n: break                                             # one step at least, however slow the machine
         x, masks = draw()
         parts, n = trainer.update(x, masks, begin + (end-begin)*done), n + 1
         if n == 3 and not steps: start = time.time()                          # recording and compiling do not count
