@@ -1813,6 +1813,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'midas_ref/training/train.py'),
                                           'midas_ref.training.train.StackedMuon': ( 'training/train.html#stackedmuon',
                                                                                     'midas_ref/training/train.py'),
+                                          'midas_ref.training.train.StackedMuon.__init__': ( 'training/train.html#stackedmuon.__init__',
+                                                                                             'midas_ref/training/train.py'),
                                           'midas_ref.training.train.StackedMuon.equalise': ( 'training/train.html#stackedmuon.equalise',
                                                                                              'midas_ref/training/train.py'),
                                           'midas_ref.training.train.StackedMuon.step': ( 'training/train.html#stackedmuon.step',

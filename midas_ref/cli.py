@@ -158,7 +158,7 @@ def train_probe(a):
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
     print(json.dumps(grade, indent=1))
 
-# %% ../nbs/90_cli.ipynb #1b987bf7
+# %% ../nbs/90_cli.ipynb #3f78ff3c
 @command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
     option('out', metavar='OUT', help='folder for checkpoint, log, strips of pictures and codec'),
     option('--stage', type=int, choices=(1, 2, 3), default=1, help='1 pictures, 2 layers over time alone, 3 everything on clips (default 1)'),
@@ -178,7 +178,7 @@ def train_codec(a):
     from midas_ref.codec import train as T
     device, out = T.join_ranks(device_of(a.device)), Path(a.out)
     if a.decoder_only and a.stage != 3: raise ValueError(f"--decoder-only belongs to stage 3; --stage is {a.stage}.")
-    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu', **dict(parts='decoder') if a.decoder_only else {})
+    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu', parts='decoder' if a.decoder_only else None)
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
     T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
 

@@ -74,7 +74,7 @@ def test_reference_is_of_the_same_scene_and_of_the_start(frames):
         scene, start = divmod(int(z[0, 0, 0, 0]), 1000)
         assert torch.equal(r, p.reference[scene, start*many//36])
 
-def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing, monkeypatch):
+def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing):
     "The k-th portrait of a scene has the pose of the frame before the k-th chunk, closed lips and open eyes; the odd ones its mood, too."
     from types import SimpleNamespace
     from midas_ref.data.portraits import MOTION, Identity, bake
@@ -302,7 +302,7 @@ from test_train import numbered, small
 from dataclasses import replace
 from midas_ref.codec.train import join_ranks, rank
 from midas_ref.model.midas import Midas
-from midas_ref.training.train import FACE, JointTrainer, Plan, train_model
+from midas_ref.training.train import JointTrainer, Plan, train_model
 torch.set_num_threads(1); join_ranks()
 torch.manual_seed(rank())                                                          # every process begins elsewhere
 pool = numbered(); pool = replace(pool, latents=torch.randn(3, 36, 128, 2, 2), codes=torch.randn(108, 32))

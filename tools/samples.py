@@ -85,11 +85,10 @@ def moving(side=224, chunks=10):
     columns = []
     for who, sound, steer in (('mira', voice('en-us'), {}), ('kenji', .0005*rng.standard_normal(n).astype(np.float32), {}), ('noor', voice('de'), dict(pose=HeadRig()(rates)[0]))):
         session = Session(midas, load_portrait(OUT/'portraits'/f'{who}.png'), seed=1)
-        if steer: session.steer(**steer)
+        session.steer(**steer)
         columns.append([np.asarray(Image.fromarray(visible_mark(x)).resize((side, side), Image.LANCZOS)) for x in session.stream(sound)])
     frames = [Image.fromarray(np.concatenate(row, 1)) for row in zip(*columns)]
     frames[0].save(OUT.parent/'nbs'/'images'/'live.webp', save_all=True, append_images=frames[1:], duration=80, loop=0, quality=60, method=6)
-    return frames
 
 if __name__ == '__main__':
     if sys.argv[1:] == ['moving']: moving()

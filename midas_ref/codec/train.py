@@ -562,7 +562,7 @@ class RealClips:
         masks = torch.stack([m for _, m in chosen]).to(self.device)[:, None].expand(-1, t, -1, -1, -1)
         return (x[:, 0], masks[:, 0]) if t == 1 else (x, masks)
 
-# %% ../../nbs/codec/24_train.ipynb #5257013f
+# %% ../../nbs/codec/24_train.ipynb #f0f6d9c2
 def image_part(
     video:VideoDCAE,   # any
 )->DCAE:               # copies of its weights
@@ -579,6 +579,7 @@ def codec_trainer(
     lr:float|None=None,   # peak learning rate; None: 4e-4, 4e-4, 1e-4
     device='cpu',         # where to train
     seed:int=0,           # of the weights and the noise
+    parts:str|None=None,  # what moves, see `ClipTrainer`; None: 'time' in stage 2, 'all' in stage 3
     **kw,                 # more arguments of the trainer
 )->SpatialTrainer:
     "The trainer of a stage."
@@ -589,7 +590,7 @@ def codec_trainer(
     model = load_dcae(start, cfg, VideoDCAE) if start else near_identity(DCAE(cfg or preset('tiny').codec))
     if stage == 1 and start: model = image_part(model)
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
-    trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, **dict(parts='time' if stage == 2 else 'all') | kw, seed=seed)
+    trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, parts or {2: 'time', 3: 'all'}[stage], seed=seed, **kw)
     trainer.settled = not start
     return trainer
 

@@ -224,7 +224,7 @@ class Recipe:
     muon:float = 0.           # learning rate of the matrices inside layers under Muon, in multiples of lr; 0: AdamW for all
     seed:int = 0              # of everything random
 
-# %% ../../nbs/training/50_train.ipynb #fc4d9d00
+# %% ../../nbs/training/50_train.ipynb #2786bf76
 def inner_matrices(
     midas:Midas,   # any
 )->list:           # parameters
@@ -233,7 +233,9 @@ def inner_matrices(
     return [m.weight for part in inside for m in part.modules() if isinstance(m, nn.Linear)]
 
 class StackedMuon(torch.optim.Muon):
-    "`torch.optim.Muon`, where all matrices of one shape go through each product together."
+    "`torch.optim.Muon` with steps as long as AdamW's, where all matrices of one shape go through each product together."
+    def __init__(self, params, lr, **kw): super().__init__(params, lr, adjust_lr_fn='match_rms_adamw', **kw)
+
     @torch.no_grad()
     def step(self, closure=None):
         "One step."
@@ -273,7 +275,7 @@ def make_optimisers(
     rest = [p for p in params if all(p is not q for q in inner)]
     groups = [dict(params=[p for p in rest if (p.ndim > 1) == big], weight_decay=recipe.decay*big) for big in (True, False)]   # matrices decay, vectors do not
     opt = [torch.optim.AdamW(groups, recipe.lr, betas=(.9, .95), fused=params[0].is_cuda)]
-    if inner: opt.append(StackedMuon([dict(params=inner, scale=recipe.muon)], recipe.lr, weight_decay=recipe.decay, momentum=.95, adjust_lr_fn='match_rms_adamw'))
+    if inner: opt.append(StackedMuon([dict(params=inner, scale=recipe.muon)], recipe.lr, weight_decay=recipe.decay, momentum=.95))
     return opt
 
 # %% ../../nbs/training/50_train.ipynb #8ab7db1e
@@ -475,7 +477,7 @@ def sample_strip(
     portrait = model.codec.decode(reference[:1, None], check=False)[0]
     return [torch.cat([portrait, model.codec.decode(r, check=False)[0, ::every]]) for r in rows]
 
-# %% ../../nbs/training/50_train.ipynb #13413098
+# %% ../../nbs/training/50_train.ipynb #763f43bf
 def train_model(
     trainer:JointTrainer,     # new or resumed
     pool:Pool,                # what to learn from
@@ -500,7 +502,7 @@ def train_model(
         if n == 3 and not steps: start = time.time()                          # warming up does not count
         if int(done*40) == last or not lead: continue
         last = int(done*40)
-        if last % 2: parts = parts | {f'{w}_{k}': v for w in ('audio', 'text') for k, v in swap_check(trainer.model, exam, trainer.weight, w).items() if w == 'audio' or k == 'rise'}
+        if last % 2: parts = parts | {f'{w}_{k}': v for w in ('audio', 'text') for k, v in swap_check(trainer.model, exam, trainer.weight, w).items()}
         log.line(step=trainer.step, minutes=(time.time()-start)/60, progress=progress, **parts)
         if last % 10 == 9: save_run(trainer, out/'checkpoint.safetensors'); look(n)
     if lead:
