@@ -331,7 +331,7 @@ def captions(
         out.append(f'{phrase}, {ACTIONS[action][script.seed % 2]}')
     return out
 
-# %% ../../nbs/data/12_clips.ipynb #31bac5f1
+# %% ../../nbs/data/12_clips.ipynb #fa0626bd
 def draw(
     script:Script,           # a scene
     fps:float=12.5,          # frames per second
@@ -353,14 +353,15 @@ def to_uint8(
 
 def reference_motion(
     seed:int,      # any whole number
-    before=None,   # motion of one frame, (m,): look where that frame looks, and for odd seeds with its mood
+    before=None,   # motion of one frame, (m,): look where that frame looks
+    mood:bool=False,  # with its mood, too
 )->Tensor:         # (1, 1, m)
     "A random pose and mood with closed lips: the person as a portrait shows them, never a frame of the clip."
     rng = np.random.default_rng([7, seed])
     out = mood_vector(str(rng.choice(list(MOODS)))) * rng.uniform(.2, 1)
     for name, sigma in (('yaw', .22), ('pitch', .1), ('roll', .07), ('gaze_x', .2), ('gaze_y', .12)): out[MOTION.index(name)] += rng.normal(0, sigma)
     if before is not None:
-        kept = [n for n in MOTION if n not in MOUTH and not n.startswith('blink')] if seed % 2 else ('yaw', 'pitch', 'roll', 'tx', 'ty', 'tz', 'gaze_x', 'gaze_y', 'breath')
+        kept = [n for n in MOTION if n not in MOUTH and not n.startswith('blink')] if mood else ('yaw', 'pitch', 'roll', 'tx', 'ty', 'tz', 'gaze_x', 'gaze_y', 'breath')
         where = [MOTION.index(n) for n in kept]
         out[where] = np.asarray(before)[where]
     return torch.from_numpy(np.clip(out, -1, 1).astype(np.float32))[None, None]

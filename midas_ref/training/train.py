@@ -150,7 +150,7 @@ class Pool:
         signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known)), text=self.text[scene[:, None], chunk_of].long())
         return at(self.latents).float(), self.reference[scene, start*self.reference.shape[1]//t].float(), signals, at(self.face)
 
-# %% ../../nbs/training/50_train.ipynb #cac5a7c6
+# %% ../../nbs/training/50_train.ipynb #259f8671
 def check_scenes(
     scenes:Scenes,   # any
     midas:Midas,     # with its tokenizer
@@ -180,7 +180,7 @@ def draw_pool(
         m = scenes.motion[k:k+together].to(dev).float()/127
         who = torch.arange(k, k+together, device=dev) % len(people.layers)
         layers = people.layers[who]
-        r = torch.cat([reference_motion(k*references + i, b) for i, b in enumerate(m[:, shown].flatten(0, 1).cpu())], 1).to(dev).view(together, references, -1)
+        r = torch.cat([reference_motion(k*references + i, b, i % 2 == 1) for i, b in enumerate(m[:, shown].flatten(0, 1).cpu())], 1).to(dev).view(together, references, -1)
         x, portrait = torch.cat([people.draw(who, part) for part in torch.cat([m, r], 1).split(frames, 1)], 1).to(codec.mean.dtype).split([m.shape[1], references], 1)
         with half:
             z.append(codec.encode(x, check=False).half())
