@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
            'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
-           'agree', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint', 'load_checkpoint',
-           'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool',
-           'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
+           'agree', 'Compiled', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint',
+           'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer',
+           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -187,17 +187,25 @@ def agree(
     return said.item()
 
 # %% ../../nbs/codec/24_train.ipynb #4d486a2d
+class Compiled(nn.Module):
+    "A part whose kernels are fused by torch.compile; its weights stay where they are."
+    def __init__(self, part:nn.Module):
+        super().__init__()
+        self.part, self.__dict__['run'] = part, torch.compile(part, dynamic=False)
+    def forward(self, *args): return self.run(*args)
+
 def record(
     trainer,        # of this page, on a GPU; changed in place
     x:Tensor,       # pictures or clips of the size of all later ones
     masks:Tensor,   # of them
 ):
-    "Replace the heavy parts of a trainer by recordings of themselves."
+    "Replace the heavy parts of a trainer by recordings of themselves, compiled first if the trainer says so."
     pictures = lambda v: v.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
         with torch.no_grad(): z = trainer.encode(x); y = pictures(trainer.decode(z))
-        parts = (trainer.encode, (x,)), (trainer.decode, (z.requires_grad_(),)), (trainer.errors, (y.requires_grad_(), pictures(x), masks.flatten(0, -4)))
-        trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(*zip(*parts))
+        inputs = (x,), (z.requires_grad_(),), (y.requires_grad_(), pictures(x), masks.flatten(0, -4))
+        parts = tuple(Compiled(p) if trainer.fuse else p for p in (trainer.encode, trainer.decode, trainer.errors))
+        trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(parts, inputs)
     trainer.record = False
 
 # %% ../../nbs/codec/24_train.ipynb #0d45d9c9
@@ -211,8 +219,9 @@ class SpatialTrainer:
         late:float=.66,          # progress at which the adversary comes in; above 1 never
         seed:int=0,              # of the noise
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
+        fuse:bool=False,         # compile them before: two minutes more to start, and then less than half the time a step
     ):
-        self.model, self.z_noise, self.late, self.lr, self.step = model, z_noise, late, lr, 0
+        self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
         self.w = dict(pixel=1., edge=.5, structure=.8, feature=.06, critic=.02, change=1.)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -236,7 +245,7 @@ class SpatialTrainer:
 
     def score(self, y:Tensor, x:Tensor, masks:Tensor, progress:float)->tuple:
         "Loss of pictures y against x, both (n, 3, h, w), and its parts."
-        with self.half(): parts = dict(zip(self.errors.names, self.errors(y, x, masks)))
+        with self.half(): parts = dict(zip(Errors.names, self.errors(y, x, masks)))
         late = max(0., min(1., (progress - self.late)/.1))
         if late > 0:
             with self.half(): parts['critic'] = -late*self.critic(y).float().mean()
@@ -319,8 +328,9 @@ class DrawnPictures:
         batch=(16, 4),     # people, and pictures of each
         fresh:int=6,       # replace one person every so many batches; 0 keeps the crowd
         ahead:int=1,       # batches drawn at once: a GPU draws 512 pictures in little more time than 64
+        reuse:int=1,       # times that each batch is shown, between newer ones, where drawing takes longer than learning
     ):
-        self.people, self.size, self.fresh, self.n, self.ready = people, batch, fresh, 0, []
+        self.people, self.size, self.fresh, self.reuse, self.n, self.stock, self.ready = people, batch, fresh, reuse, 0, [], []
         self.groups = max(g for g in range(1, ahead+1) if ahead % g == 0 and g*batch[0] <= max(batch[0], min(64, len(people.layers))))   # of people; the rest are more frames of the same
         self.sets = ahead//self.groups
 
@@ -331,7 +341,9 @@ class DrawnPictures:
     def __call__(self)->tuple:   # pictures (n, 3, h, w), masks (n, 2, h, w)
         "The next batch."
         self.renew()
-        if not self.ready: self.ready = self.split(*self.draw())
+        if not self.ready:
+            self.stock = (self.stock + [self.split(*self.draw())])[-self.reuse:]
+            self.ready = [batch for batches in zip(*self.stock) for batch in batches]
         return self.ready.pop()
 
     @torch.no_grad()
@@ -505,8 +517,9 @@ class DrawnClips(DrawnPictures):
         batch=(8, 8),       # people, and frames of each
         fresh:int=6,        # replace one person every so many batches
         ahead:int=1,        # batches drawn at once
+        reuse:int=1,        # times that each is shown
     ):
-        super().__init__(people, batch, fresh, ahead)
+        super().__init__(people, batch, fresh, ahead, reuse)
         self.tracks = tracks.to(people.device, torch.float32)
 
     @torch.no_grad()
