@@ -159,17 +159,20 @@ def train_probe(a):
     print(json.dumps(grade, indent=1))
 
 # %% ../nbs/90_cli.ipynb #3f78ff3c
-@command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
+@command('train codec', 'train the codec in its three stages (page 24)', 'midas-ref train codec runs/1 --minutes 25 --lr 3e-4 --muon 2.7 --device cuda --workers 12 --bake-on cpu\nmidas-ref train codec runs/2 --stage 2 --start-from runs/1/codec --minutes 4 --device cuda\nmidas-ref train codec runs/3 --stage 3 --start-from runs/2/codec --minutes 15 --device cuda\nmidas-ref train codec runs/real --stage 3 --start-from runs/3/codec --data shards --minutes 10',
     option('out', metavar='OUT', help='folder for checkpoint, log, strips of pictures and codec'),
     option('--stage', type=int, choices=(1, 2, 3), default=1, help='1 pictures, 2 layers over time alone, 3 everything on clips (default 1)'),
     option('--minutes', type=number(float, .01), default=25., help='length of this piece (default 25)'),
     option('--begin', type=number(float, 0, 1), default=0., help='progress of the stage at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
     option('--start-from', metavar='FOLDER', help='codec of the stage before; stages 2 and 3 need it'), option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors, to the bit'),
     option('--lr', type=number(float, 1e-6, 1), default=None, help='peak learning rate (default 4e-4, 4e-4, 1e-4 by stage)'),
+    option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='train the kernels between features with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
+    option('--late', type=number(float, 0, 2), default=None, metavar='PROGRESS', help='stage 1: where the adversary comes in (default .66; above 1 never)'),
     option('--decoder-only', action='store_true', help='stage 3: leave the encoder alone, so that models trained on its latents stay valid'),
     option('--frames', type=number(int, 2, 256), default=8, help='frames of a clip in stages 2 and 3 (default 8; 16 in the last stretch)'),
     option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
     option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
+    option('--reuse', type=number(int, 1, 64), default=None, help='times that each drawn picture is shown (default 3 on a GPU, which learns faster than it draws, and 1 on a processor)'),
     option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
     option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
 def train_codec(a):
@@ -178,24 +181,28 @@ def train_codec(a):
     from midas_ref.codec import train as T
     device, out = T.join_ranks(device_of(a.device)), Path(a.out)
     if a.decoder_only and a.stage != 3: raise ValueError(f"--decoder-only belongs to stage 3; --stage is {a.stage}.")
-    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=device != 'cpu', parts='decoder' if a.decoder_only else None)
+    if a.late is not None and a.stage != 1: raise ValueError(f"--late belongs to stage 1; --stage is {a.stage}.")
+    gpu, late = device != 'cpu', {} if a.late is None else dict(late=a.late)
+    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=gpu, fuse=gpu and a.stage == 1, muon=a.muon, parts='decoder' if a.decoder_only else None, **late)
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
     T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
 
 def _codec_data(a, device):
     "What a stage is shown: recordings, pictures of drawn people, or clips of them."
     from midas_ref.codec import train as T
-    frames = 1 if a.stage == 1 else a.frames
+    frames, gpu = 1 if a.stage == 1 else a.frames, device != 'cpu'
+    reuse = a.reuse or (3 if gpu else 1)
     batch = a.batch or max(1, 64//frames)
     if a.data:
+        if a.reuse: raise ValueError("--reuse is for drawn people; recordings are kept in memory anyway.")
         from midas_ref.data.shards import Shards
         return T.RealClips(Shards(a.data), (batch, frames), device)
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.data.probes import People, mouth_pool
-    people = People(a.people, mouth_pool(300), a.first + T.rank()*(TEST_IDENTITIES//T.world()), device, seed=T.rank(), workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)   # every process has people of its own
-    if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames), ahead=8 if device != 'cpu' else 1)
+    people = People(a.people, mouth_pool(300), a.first + T.rank()*(TEST_IDENTITIES//T.world()), device, seed=T.rank(), workers=a.workers, bake_on=a.bake_on)   # every process has people of its own; the renderer stays as it is: what is shown three times need not be drawn in a hurry
+    if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames), ahead=8 if gpu else 1, reuse=reuse)
     n = min(16, a.people, batch)
-    return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if device != 'cpu' else 1)
+    return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if gpu else 1, reuse=reuse)
 
 # %% ../nbs/90_cli.ipynb #2f35336f
 @command('data scenes', 'write scenes without pictures: motion, audio tokens and captions (page 50)', 'midas-ref data scenes scenes.safetensors --hours 20 --workers 16\nmidas-ref data scenes held_out.safetensors --hours .5 --split test',
@@ -221,12 +228,14 @@ def data_scenes(a):
     option('out', metavar='OUT', help='folder for checkpoints, log and model'),
     option('--data', metavar='DATA', required=True, help='file that midas-ref data scenes wrote (one device, or a few under torchrun), folder that midas-ref data encode wrote, or synthetic (both under torchrun or deepspeed)'),
     option('--preset', choices=('tiny', 'paper'), default='tiny', help='sizes (default tiny)'), option('--start-from', metavar='FOLDER', help='model to go on from, with its sizes, instead of random weights'),
+    option('--new-codec', action='store_true', help='one device: the model to go on from knew another codec; take its weights and learn the latents of the bundled one'),
     option('--minutes', type=number(float, .001), default=25., help='one device: length of this piece (default 25)'),
     option('--begin', type=number(float, 0, 1), default=0., help='one device: progress of the run at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
     option('--resume', action='store_true', help='go on from the newest checkpoint in OUT, to the bit; many devices: or begin, if there is none'),
     option('--lr', type=number(float, 1e-7, 1), default=None, help='one device: peak learning rate (default: that of the recipe)'),
     option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='one device: train the matrices inside layers with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--rows', type=number(int, 1, 4096), default=96, help='one device: sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
+    option('--chunks', type=number(int, 1, 4096), default=None, metavar='N', help='one device: sequences of N chunks from beginning to end, as many as hold the same frames (default: 6, later 16)'),
     option('--people', type=number(int, 1), default=160, help='one device: people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'),
     option('--workers', type=number(int, 0, 64), default=0, help='one device: processes that bake ahead (default 0)'), option('--bake-on', default=None, help='and their device (default: that of the training)'),
     option('--set', metavar='NAME=VALUE', action='append', default=[], help='many devices: a setting of TrainConfig (page 51), such as rows=4 or zero=3; may be repeated'),
@@ -245,18 +254,19 @@ def train_model(a):
     from midas_ref.data import probes
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.training import train as T
-    device, out, scenes, midas = join_ranks(device_of(a.device)), Path(a.out), T.Scenes.load(a.data), T.new_midas(a.preset, a.start_from)
+    device, out, scenes, midas = join_ranks(device_of(a.device)), Path(a.out), T.Scenes.load(a.data), T.new_midas(a.preset, a.start_from, anew=a.new_codec)
     T.check_scenes(scenes, midas)
     if a.begin >= a.end: raise ValueError(f"--begin is {a.begin:g} and --end {a.end:g}; the second must be larger.")
     if a.resume and not (out/'checkpoint.safetensors').is_file(): raise FileNotFoundError(f"--resume: no checkpoint at {out/'checkpoint.safetensors'}; start without it.")
     midas = midas.to(device)
     first = a.first + rank()*(TEST_IDENTITIES//world())                                    # every process has people and scenes of its own
-    people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on)
+    people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, bake_on=a.bake_on)
     pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None)
     del people
     trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(lr=a.lr or T.Recipe.lr, muon=a.muon), fast=device != 'cpu')
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
-    T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan((a.rows, 6), (max(1, a.rows//3), 16)))
+    early, late = ((max(1, a.rows*6//a.chunks), a.chunks),)*2 if a.chunks else ((a.rows, 6), (max(1, a.rows//3), 16))
+    T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan(early, late))
     print(f'{out}/midas: step {trainer.step}')
 
 # %% ../nbs/90_cli.ipynb #280f63f8
@@ -268,7 +278,7 @@ def source_of(a, cfg, tc):
 def train_many(a):
     "One process of many."
     from midas_ref.training import scale as S
-    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96)):
+    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96), ('--chunks', a.chunks), ('--new-codec', a.new_codec)):
         if given: raise ValueError(f"{name} is for scenes on one device or a few; for encoded data give settings of page 51 instead, such as --set rows=4 or --set lr=1e-4.")
     tc, first = S.with_settings(S.train_preset(a.preset), a.set), int(os.environ.get('RANK', 0)) == 0
     cfg, make = S.start_model(a.preset, a.backbone, a.start_from, tc.seed, print if first else lambda _: None)

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
            'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
-           'agree', 'Compiled', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint',
-           'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer',
-           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
+           'agree', 'StackedMuon', 'inner_kernels', 'Compiled', 'record', 'SpatialTrainer', 'moments', 'load_moments',
+           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip',
+           'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer',
+           'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -186,6 +187,54 @@ def agree(
     dist.broadcast(said, 0)
     return said.item()
 
+# %% ../../nbs/codec/24_train.ipynb #8d22aeaf
+class StackedMuon(torch.optim.Optimizer):
+    "Muon with steps as long as AdamW's; all matrices of one shape go through each product together, and a kernel (o, i, k, k) is the matrix (o, i*k*k)."
+    def __init__(self,
+        params,                    # parameters or groups, of two axes or more
+        lr:float=1e-3,             # learning rate
+        weight_decay:float=.01,    # decay, in multiples of the rate
+        momentum:float=.95,        # share of the momentum that a step keeps
+        coefficients=(3.4445, -4.775, 2.0315),  # of the polynomial x, x^3, x^5
+        rounds:int=5,              # times that it is applied
+        eps:float=1e-7,            # smallest norm divided by
+    ): super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, coefficients=coefficients, rounds=rounds, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "One step."
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            rate, keep, shapes = group['lr'], group['momentum'], {}
+            for p in group['params']:
+                if p.grad is not None: shapes.setdefault((len(p), p[0].numel()), []).append(p)
+            for shape, same in shapes.items():
+                old, grads = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in same], [p.grad for p in same]
+                torch._foreach_lerp_(old, grads, 1 - keep)
+                ahead = torch._foreach_lerp(grads, old, keep)                                       # Nesterov's look ahead
+                turned = self.equalise(torch.stack([a.flatten(1) for a in ahead]), *group['coefficients'], group['rounds'], group['eps'])
+                torch._foreach_mul_(same, 1 - rate*group['weight_decay'])
+                torch._foreach_add_(same, [t.view(p.shape) for t, p in zip(turned.to(same[0].dtype), same)], alpha=-rate*.2*math.sqrt(max(shape)))
+        return loss
+
+    @staticmethod
+    def equalise(x:Tensor, a:float, b:float, c:float, rounds:int, eps:float)->Tensor:
+        "Matrices (n, i, j) with all singular values near 1: an odd polynomial, applied a few times."
+        flat = x.shape[1] > x.shape[2]
+        x = x.bfloat16().mT if flat else x.bfloat16()
+        x = x/x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+        for _ in range(rounds):
+            square = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        return x.mT if flat else x
+
+def inner_kernels(
+    codec:nn.Module,   # of images or video
+)->list:               # weights
+    "The kernels between features that are trained: not those that read or write colours, and none with one input channel."
+    inner = [m.weight for name, m in codec.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels > 3 and name != 'decoder.out.conv']
+    return [w for w in inner if w.requires_grad]
+
 # %% ../../nbs/codec/24_train.ipynb #4d486a2d
 class Compiled(nn.Module):
     "A part whose kernels are fused by torch.compile; its weights stay where they are."
@@ -219,6 +268,7 @@ class SpatialTrainer:
         late:float=.66,          # progress at which the adversary comes in; above 1 never
         seed:int=0,              # of the noise
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
+        muon:float=0.,           # learning rate of the kernels between features under Muon, in multiples of lr; 0: AdamW for all
         fuse:bool=False,         # compile them before: two minutes more to start, and then less than half the time a step
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
@@ -227,7 +277,9 @@ class SpatialTrainer:
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)
         on = dict(fused=self.device.type == 'cuda')
-        self.opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, betas=(.9, .99), weight_decay=.01, **on)
+        inner = inner_kernels(model) if muon else []
+        self.opts = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and all(p is not q for q in inner)], lr, betas=(.9, .99), weight_decay=.01, **on)]
+        if inner: self.opts.append(StackedMuon([dict(params=inner, scale=muon)], lr))
         self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99), **on)
         self.g = torch.Generator(self.device).manual_seed(seed)
         self.encode, self.decode, self.record = model.encoder, model.decoder, fast
@@ -253,10 +305,14 @@ class SpatialTrainer:
 
     def move(self, loss:Tensor, parts:dict, progress:float)->dict:
         "One step of the codec; the parts of the loss, as tensors."
-        for group in self.opt.param_groups: group['lr'] = self.lr * min(1, (self.step+1)/200) * (.02 + .98*(.5 + .5*math.cos(math.pi*progress)))
-        self.opt.zero_grad(); loss.backward(); mean_over_ranks(self.model.parameters())
+        rate = self.lr * min(1, (self.step+1)/200) * (.02 + .98*(.5 + .5*math.cos(math.pi*progress)))
+        for opt in self.opts:
+            opt.zero_grad()
+            for group in opt.param_groups: group['lr'] = rate*group.get('scale', 1)
+        loss.backward(); mean_over_ranks(self.model.parameters())
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
-        self.opt.step(); average(self.ema, self.model, self.step); self.step += 1
+        for opt in self.opts: opt.step()
+        average(self.ema, self.model, self.step); self.step += 1
         return dict(loss=loss.detach(), **{k: v.detach() for k, v in parts.items()}, norm=norm)
 
     def teach(self, y:Tensor, x:Tensor, progress:float):
@@ -299,7 +355,7 @@ def save_checkpoint(
 ):
     "Write all that decides the next step, atomically."
     from safetensors.torch import save_file
-    parts = dict(model=trainer.model.state_dict(), ema=trainer.ema.state_dict(), critic=trainer.critic.state_dict(), opt=moments(trainer.opt), copt=moments(trainer.copt))
+    parts = dict(model=trainer.model.state_dict(), ema=trainer.ema.state_dict(), critic=trainer.critic.state_dict(), copt=moments(trainer.copt)) | {f'opt{i}': moments(o) for i, o in enumerate(trainer.opts)}
     flat = {f'{p}:{k}': v.detach().cpu().contiguous().clone() for p, d in parts.items() for k, v in d.items()} | {'noise:': trainer.g.get_state()}
     path, part = Path(path), Path(f'{path}.partial')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,8 +372,10 @@ def load_checkpoint(
     flat, parts = read_safetensors(path), {}
     for k, v in flat.items(): parts.setdefault(k.split(':', 1)[0], {})[k.split(':', 1)[1]] = v
     if not {'model', 'ema', 'critic', 'noise'} <= set(parts): raise ValueError(f"{path} is no checkpoint of this trainer; it holds {', '.join(sorted(parts))[:80]}.")
+    if ('opt1' in parts) != (len(trainer.opts) > 1): raise ValueError(f"The checkpoint {path} was written by another optimiser: with Muon or without it; go on with what it was trained with.")
     for name in ('model', 'ema', 'critic'): getattr(trainer, name).load_state_dict(parts[name])
-    for name in ('opt', 'copt'): load_moments(getattr(trainer, name), parts.get(name, {}))
+    for i, opt in enumerate(trainer.opts): load_moments(opt, parts.get(f'opt{i}', {}))
+    load_moments(trainer.copt, parts.get('copt', {}))
     trainer.g.set_state(parts['noise']['']); trainer.step = int(safe_open(path, 'pt').metadata()['step'])
 
 # %% ../../nbs/codec/24_train.ipynb #cc4a3e27
@@ -441,7 +499,7 @@ def train_codec(
         if done >= 1 and n: break                                             # one step at least, however slow the machine
         x, masks = draw()
         parts, n = trainer.update(x, masks, begin + (end-begin)*done), n + 1
-        if n == 3 and not steps: start = time.time()                          # recording and compiling do not count
+        if n in (1, 3) and not steps: start = time.time()                     # recording and compiling do not count
         if int(done*40) == last or not lead: continue
         last = int(done*40)
         log.line(step=trainer.step, minutes=(time.time()-start)/60, **parts)

@@ -2,9 +2,8 @@
 
 # %% auto #0
 __all__ = ['FACE', 'Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'Pool', 'check_scenes', 'draw_pool',
-           'change_weight', 'Recipe', 'inner_matrices', 'StackedMuon', 'make_optimisers', 'own_frames', 'JointTrainer',
-           'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'generate', 'sample_strip', 'train_model',
-           'new_midas']
+           'change_weight', 'Recipe', 'inner_matrices', 'make_optimisers', 'own_frames', 'JointTrainer', 'save_run',
+           'load_run', 'swap_check', 'Plan', 'averaged', 'generate', 'sample_strip', 'train_model', 'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
@@ -25,7 +24,7 @@ from ..data.clips import captions, frame_times, motion, reference_motion, write_
 from ..data.probes import WEIGHTS
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
-from ..codec.train import RunLog, agree, load_moments, mean_over_ranks, moments, rank, same_everywhere
+from ..codec.train import RunLog, StackedMuon, agree, load_moments, mean_over_ranks, moments, rank, same_everywhere
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
@@ -231,39 +230,6 @@ def inner_matrices(
     "The matrices inside the layers of backbone and head."
     inside = (*midas.backbone.qwen.layers, *midas.head.blocks, midas.head.modulation)
     return [m.weight for part in inside for m in part.modules() if isinstance(m, nn.Linear)]
-
-class StackedMuon(torch.optim.Muon):
-    "`torch.optim.Muon` with steps as long as AdamW's, where all matrices of one shape go through each product together."
-    def __init__(self, params, lr, **kw): super().__init__(params, lr, adjust_lr_fn='match_rms_adamw', **kw)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        "One step."
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            rate, keep, shapes = group['lr'], group['momentum'], {}
-            for p in group['params']:
-                if p.grad is not None: shapes.setdefault(p.shape, []).append(p)
-            for shape, same in shapes.items():
-                old = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in same]
-                grads = [p.grad for p in same]
-                torch._foreach_lerp_(old, grads, 1 - keep)
-                ahead = torch._foreach_lerp(grads, old, keep) if group['nesterov'] else old
-                turned = self.equalise(torch.stack(ahead), *group['ns_coefficients'], group['ns_steps'], group['eps'])
-                torch._foreach_mul_(same, 1 - rate*group['weight_decay'])
-                torch._foreach_add_(same, list(turned.to(same[0].dtype)), alpha=-rate*.2*math.sqrt(max(shape)))   # as long as a step of AdamW
-        return loss
-
-    @staticmethod
-    def equalise(x:Tensor, a:float, b:float, c:float, steps:int, eps:float)->Tensor:
-        "Matrices (n, i, j) with all singular values near 1: an odd polynomial, applied a few times."
-        flat = x.shape[1] > x.shape[2]
-        x = x.bfloat16().mT if flat else x.bfloat16()
-        x = x/x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
-        for _ in range(steps):
-            square = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-        return x.mT if flat else x
 
 def make_optimisers(
     midas:Midas,      # what is trained
@@ -499,7 +465,7 @@ def train_model(
         if done >= 1 and n: break                                             # one step at least, however slow the machine
         progress = begin + (end-begin)*done
         parts, n = trainer.update(lambda: plan.draw(pool, progress, trainer.r.short, trainer.g), progress), n + 1
-        if n == 3 and not steps: start = time.time()                          # warming up does not count
+        if n in (1, 3) and not steps: start = time.time()                     # compiling does not count
         if int(done*40) == last or not lead: continue
         last = int(done*40)
         if last % 2: parts = parts | {f'{w}_{k}': v for w in ('audio', 'text') for k, v in swap_check(trainer.model, exam, trainer.weight, w).items()}
@@ -516,9 +482,11 @@ def new_midas(
     name:str='tiny',       # preset
     start_from=None,       # folder of a model to go on from, instead of random weights
     weights=WEIGHTS,       # where codec and tokenizer are
+    anew:bool=False,       # take the trained weights of `start_from` alone: the codec is that of `weights`, and its latents have to be learnt
 )->Midas:                  # on the CPU
     "A model to train."
-    if start_from: model = Midas.from_pretrained(start_from)
+    if anew and not start_from: raise ValueError("A new codec is for a model to go on from; give the folder of one.")
+    if start_from and not anew: model = Midas.from_pretrained(start_from)
     else:
         weights, cfg = Path(weights), preset(name)
         lacks = [str(weights/f) for f in ('codec/model.safetensors', 'audio.safetensors') if not (weights/f).is_file()]
@@ -526,5 +494,9 @@ def new_midas(
         model = Midas(cfg, load_video_dcae(weights/'codec'), load_audio_weights(weights/'audio.safetensors')[0])
         for what, has, wants in (('codec', model.codec.cfg.latent_channels, cfg.codec.latent_channels), ('tokenizer', model.audio.cfg.width, cfg.audio.width)):
             if has != wants: raise ValueError(f"The {what} in {weights} is {has} wide, but the preset {name!r} wants {wants}; use the preset 'tiny', or --start-from a model that brings its own.")
+    if anew:
+        state, wanted = read_safetensors(Path(start_from)/'model.safetensors'), model.trained_state()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
+        model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
     return model
