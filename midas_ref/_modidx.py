@@ -260,6 +260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.SpatialTrainer.__init__': ( 'codec/train.html#spatialtrainer.__init__',
                                                                                           'midas_ref/codec/train.py'),
+                                       'midas_ref.codec.train.SpatialTrainer.backward': ( 'codec/train.html#spatialtrainer.backward',
+                                                                                          'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.SpatialTrainer.half': ( 'codec/train.html#spatialtrainer.half',
                                                                                       'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.SpatialTrainer.move': ( 'codec/train.html#spatialtrainer.move',

@@ -515,3 +515,29 @@ def test_noise_in_training_differs_from_picture_to_picture():
     x = torch.randn(400, 64, 4, 4)
     share = (trainer.through(x) - x).flatten(1).std(1)                          # the latents have deviation 1
     assert .19 < share.max() < .22 and share.median() < .07 and (share < .02).float().mean() > .2
+
+@torch.enable_grad()
+def test_the_adversary_has_a_fixed_share_of_the_gradient():
+    from midas_ref.codec.train import SpatialTrainer
+    from midas_ref.data.probes import new_probe
+    trainer = SpatialTrainer(image(LIGHT), new_probe('a'))
+    def pull(progress, size):
+        y = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        parts = trainer.backward(y, size*y.square().sum(), progress)
+        return y.grad - 2*size*y.detach(), 2*size*y.detach(), parts
+    for size in (1e-3, 1e3):                                                   # however long the gradient of the errors is
+        theirs, ours, parts = pull(1., size)
+        assert abs(theirs.norm()/ours.norm() - .2) < 1e-3 and set(parts) == {'critic'}
+    assert pull(.5, 1.)[0].abs().max() == 0 and pull(.5, 1.)[2] == {} and .09 < (lambda a, b, _: a.norm()/b.norm())(*pull(.71, 1.)) < .11
+    assert all(p.grad is None for p in trainer.critic.parameters())            # it learns from its own loss alone
+
+def test_stock_shows_each_picture_as_often_as_told():
+    from midas_ref.codec.train import DrawnPictures
+    class Counted(DrawnPictures):
+        def __init__(self, reuse): super().__init__(type('Nobody', (), dict(layers=range(4)))(), (2, 1), 0, 2, reuse); self.k = 0
+        def draw(self): self.k += 1; return (torch.full((2*self.groups, self.sets, 1, 1, 1), float(self.k)),)
+    for reuse in (1, 3):
+        draw, seen = Counted(reuse), []
+        for _ in range(60): seen.append(int(draw()[0].flatten()[0]))
+        assert all(seen.count(k) == 2*reuse for k in range(reuse, draw.k - reuse)) and len(set(seen[:2])) == 1
+    assert len(set(seen[6:12])) > 1                                            # new ones come between

@@ -221,7 +221,8 @@ class StackedMuon(torch.optim.Optimizer):
     def equalise(x:Tensor, a:float, b:float, c:float, rounds:int, eps:float)->Tensor:
         "Matrices (n, i, j) with all singular values near 1: an odd polynomial, applied a few times."
         flat = x.shape[1] > x.shape[2]
-        x = x.bfloat16().mT if flat else x.bfloat16()
+        x = x.bfloat16() if x.is_cuda else x.float()                                                # many processors have no units for bfloat16
+        x = x.mT if flat else x
         x = x/x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
         for _ in range(rounds):
             square = x @ x.mT
@@ -272,7 +273,7 @@ class SpatialTrainer:
         fuse:bool=False,         # compile them before: two minutes more to start, and then less than half the time a step
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
-        self.w = dict(pixel=1., edge=.5, structure=.8, feature=.06, critic=.02, change=1.)
+        self.w = dict(pixel=1., edge=.5, structure=.8, feature=.06, critic=.2, change=1.)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)
@@ -295,21 +296,27 @@ class SpatialTrainer:
         channel = z.ndim - 3
         return self.decode(z + (share*noise).to(z.dtype)*z.detach().std([d for d in range(z.ndim) if d != channel], keepdim=True))
 
-    def score(self, y:Tensor, x:Tensor, masks:Tensor, progress:float)->tuple:
+    def score(self, y:Tensor, x:Tensor, masks:Tensor)->tuple:
         "Loss of pictures y against x, both (n, 3, h, w), and its parts."
         with self.half(): parts = dict(zip(Errors.names, self.errors(y, x, masks)))
-        late = max(0., min(1., (progress - self.late)/.1))
-        if late > 0:
-            with self.half(): parts['critic'] = -late*self.critic(y).float().mean()
         return sum(self.w[k]*v for k, v in parts.items()), parts
 
-    def move(self, loss:Tensor, parts:dict, progress:float)->dict:
-        "One step of the codec; the parts of the loss, as tensors."
+    def backward(self, y:Tensor, loss:Tensor, progress:float)->dict:
+        "Gradients of the errors and, late, of the adversary: in y its gradient has a fixed share of the length of theirs."
+        late = self.w['critic']*max(0., min(1., (progress - self.late)/.1))
+        if not late: loss.backward(); return {}
+        with self.half(): doubt = -self.critic(y.flatten(0, -4)).float().mean()
+        ours, theirs = torch.autograd.grad(loss, y)[0], torch.autograd.grad(doubt, y)[0]
+        y.backward(ours + (late*ours.float().norm()/theirs.float().norm().clamp(min=1e-12)).to(theirs)*theirs)
+        return dict(critic=doubt)
+
+    def move(self, y:Tensor, loss:Tensor, parts:dict, progress:float)->dict:
+        "One step of the codec on the loss of what it drew; the parts of the loss, as tensors."
         rate = self.lr * min(1, (self.step+1)/200) * (.02 + .98*(.5 + .5*math.cos(math.pi*progress)))
         for opt in self.opts:
             opt.zero_grad()
             for group in opt.param_groups: group['lr'] = rate*group.get('scale', 1)
-        loss.backward(); mean_over_ranks(self.model.parameters())
+        parts |= self.backward(y, loss, progress); mean_over_ranks(self.model.parameters())
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
         for opt in self.opts: opt.step()
         average(self.ema, self.model, self.step); self.step += 1
@@ -330,8 +337,7 @@ class SpatialTrainer:
         x = x.contiguous(memory_format=torch.channels_last)
         if self.record: record(self, x, masks)
         with self.half(): y = self.through(x)
-        loss, parts = self.score(y, x, masks, progress)
-        out = self.move(loss, parts, progress)
+        out = self.move(y, *self.score(y, x, masks), progress)
         self.teach(y, x, progress)
         return out
 
@@ -547,9 +553,9 @@ class ClipTrainer(SpatialTrainer):
         if self.record: record(self, x, masks)
         with self.half(): y = self.through(x)
         flat, truth = y.flatten(0, 1), x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        loss, parts = self.score(flat, truth, masks.flatten(0, 1), progress)
+        loss, parts = self.score(flat, truth, masks.flatten(0, 1))
         parts['change'] = placed_mean((y.float().diff(dim=1) - x.diff(dim=1)).abs().flatten(0, 1), masks[:, 1:].flatten(0, 1))
-        out = self.move(loss + self.w['change']*parts['change'], parts, progress)
+        out = self.move(y, loss + self.w['change']*parts['change'], parts, progress)
         self.teach(flat, truth, progress)
         return out
 
