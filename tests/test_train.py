@@ -337,3 +337,28 @@ def test_fast_on_cuda(pool):
         assert model.backbone.blocks == fast and all(m.backbone.blocks == fast for m in t.lengths.values())
         return run(t, cuda, 6)
     assert losses(True) == pytest.approx(losses(False), rel=.03)
+
+def test_own_frames_go_as_deep_as_told(pool, monkeypatch):
+    "Each pass draws from what the last one left, so that after k passes a frame stands at most, and sometimes, on k own ones."
+    from midas_ref.training import train as T
+    seen, t = [], JointTrainer(Midas(small()), pool.activity(), Recipe(own_from=.5, own_depth=3, blind=0.))
+    def deeper(model, x, *a): return torch.cat([x[:, :1]*0, x[:, :-1]], 1) + 1
+    monkeypatch.setattr(T, 'own_frames', deeper)
+    latents, reference, signals, _ = batch = pool.batch(4, 2, generator=t.g)
+    zeros = torch.zeros_like(latents)
+    assert [t.context(zeros, reference, signals, k).max().item() for k in range(4)] == [0, 1, 2, 3]
+    monkeypatch.setattr(t, 'context', lambda x, r, s, passes: seen.append(passes) or x)
+    for progress in (.4, .5, .51, .67, .7, .9, 1.): t.loss(batch, progress)
+    t.loss(pool.batch(2, 2, 3, t.g), .9, 3)                                    # own frames are drawn for chunks of full length alone
+    assert seen == [0, 0, 1, 2, 2, 3, 3, 0]
+    t.r.own = 0.; t.loss(batch, .9); assert seen[-1] == 0
+
+def test_a_model_goes_on_with_another_codec(tmp_path):
+    "The weights of the model, the codec of the folder; other sizes are refused."
+    from midas_ref.training.train import WEIGHTS, new_midas
+    if not (WEIGHTS/'midas').is_dir(): pytest.skip('no trained model')
+    old, new = Midas.from_pretrained('tiny'), new_midas('tiny', WEIGHTS/'midas', anew=True)
+    assert all(torch.equal(v, new.trained_state()[k]) for k, v in old.trained_state().items()) and {'codec', 'audio'} <= set(new.frozen)
+    with pytest.raises(ValueError, match='go on from'): new_midas('tiny', anew=True)
+    Midas(small()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='has other sizes'): new_midas('tiny', tmp_path, anew=True)

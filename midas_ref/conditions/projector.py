@@ -79,5 +79,5 @@ def midas_conditions(
     "The conditions of MIDAS for a preset."
     c = Conditions(cfg.backbone.width)
     c.register('audio', cfg.audio.width, cfg.audio_tokens, drop=.1)
-    c.register('pose', pose_width, cfg.pose_tokens, drop=.6)
-    return c.register('text', cfg.text.width, cfg.text.tokens, drop=.5)
+    c.register('pose', pose_width, cfg.pose_tokens, drop=.4)
+    return c.register('text', cfg.text.width, cfg.text.tokens, drop=.3)

@@ -217,6 +217,7 @@ class Recipe:
     blind:float = .1          # share of sequences without a past
     own:float = .5            # share of own frames in the past, in the last part
     own_from:float = .75      # progress at which that part begins
+    own_depth:int = 1         # steps deep that they go, in the end
     reader:tuple = (.3, .05)  # weight of the reader of the face, at the start and at the end
     short:float = .3          # share of steps with shorter chunks, in the last part
     accumulate:int = 1        # batches of a step
@@ -248,12 +249,12 @@ def make_optimisers(
 @torch.no_grad()
 def own_frames(
     model,             # a `Midas`
-    latents:Tensor,    # clean, (b, t, c, h, w)
+    latents:Tensor,    # what is looked back on, (b, t, c, h, w)
     reference:Tensor,  # (b, c, h, w)
     signals:dict,      # of all chunks
     generator,         # on their device
     steps:int,         # denoising steps
-)->Tensor:             # (b, t, c, h, w): what the model would draw in place of each frame, given the truth before it
+)->Tensor:             # (b, t, c, h, w): what the model would draw in place of each frame, given those before it
     "Every frame drawn by the model itself, all at once."
     b, t, c, h, w = latents.shape
     was, ids = model.training, torch.zeros(b, t, dtype=torch.int64, device=latents.device)
@@ -290,11 +291,12 @@ class JointTrainer:
         latents:Tensor,     # the truth, (b, t, c, h, w)
         reference:Tensor,   # (b, c, h, w)
         signals:dict,       # of all chunks
-        late:bool,          # whether own frames take part
+        passes:int,         # how often own frames are drawn, each time from what the last pass left; 0: none
     )->Tensor:              # (b, t, c, h, w)
         "What the model looks back on: the truth, its own frames, or nothing."
         coin, x = lambda *s: torch.rand(*s, generator=self.g, device=self.device), latents
-        if late and self.r.own: x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, own_frames(self.model, x, reference, signals, self.g, 2).to(x), x)
+        for _ in range(passes):                                                                                     # own frames, then such as follow from own frames, ...
+            x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, own_frames(self.model, x, reference, signals, self.g, 2).to(x), latents)
         blind = coin(len(x), 1, 1, 1, 1) < self.r.blind
         return torch.where(blind, torch.randn(x.shape, generator=self.g, device=self.device).to(x), x)
 
@@ -302,9 +304,11 @@ class JointTrainer:
         "Loss of a batch of `Pool.batch` at a progress of 0 to 1, and its parts; frames: of its chunks, if others than the model's."
         latents, reference, signals, face = batch
         model = self.lengths[frames or self.model.cfg.frames_per_chunk]
-        late, high = progress > self.r.own_from, self.r.high*max(0., 1 - 3*progress)
+        r, high = self.r, self.r.high*max(0., 1 - 3*progress)
+        late = r.own and progress > r.own_from and model is self.model
+        passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late else 0
         with torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda'):
-            seen = self.context(latents, reference, signals, late and model is self.model)
+            seen = self.context(latents, reference, signals, passes)
             out = model(latents, reference, signals, self.weight, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
             heard = self.reader(out['z'].mean(2)).float()
         known = torch.isfinite(face)
