@@ -518,17 +518,17 @@ def test_noise_in_training_differs_from_picture_to_picture():
 
 @torch.enable_grad()
 def test_the_adversary_has_a_fixed_share_of_the_gradient():
-    from midas_ref.codec.train import SpatialTrainer
+    from midas_ref.codec.train import SpatialTrainer, pull
     from midas_ref.data.probes import new_probe
     trainer = SpatialTrainer(image(LIGHT), new_probe('a'))
-    def pull(progress, size):
+    def pulled(progress, size):
         y = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        parts = trainer.backward(y, size*y.square().sum(), progress)
+        parts = pull(y, size*y.square().sum(), trainer.critic, trainer.w['critic']*max(0., min(1., (progress - trainer.late)/.1)))
         return y.grad - 2*size*y.detach(), 2*size*y.detach(), parts
     for size in (1e-3, 1e3):                                                   # however long the gradient of the errors is
-        theirs, ours, parts = pull(1., size)
+        theirs, ours, parts = pulled(1., size)
         assert abs(theirs.norm()/ours.norm() - .2) < 1e-3 and set(parts) == {'critic'}
-    assert pull(.5, 1.)[0].abs().max() == 0 and pull(.5, 1.)[2] == {} and .09 < (lambda a, b, _: a.norm()/b.norm())(*pull(.71, 1.)) < .11
+    assert pulled(.5, 1.)[0].abs().max() == 0 and pulled(.5, 1.)[2] == {} and .09 < (lambda a, b, _: a.norm()/b.norm())(*pulled(.71, 1.)) < .11
     assert all(p.grad is None for p in trainer.critic.parameters())            # it learns from its own loss alone
 
 def test_stock_shows_each_picture_as_often_as_told():

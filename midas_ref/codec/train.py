@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'FeatureLoss', 'Errors', 'Critic',
-           'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere',
-           'agree', 'StackedMuon', 'inner_kernels', 'Compiled', 'record', 'SpatialTrainer', 'moments', 'load_moments',
-           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip',
-           'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer',
-           'exam_hash', 'exam']
+           'pull', 'near_identity', 'average', 'join_ranks', 'together', 'rank', 'world', 'mean_over_ranks',
+           'same_everywhere', 'agree', 'StackedMuon', 'inner_kernels', 'codec_optimisers', 'Compiled', 'record',
+           'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint', 'load_checkpoint', 'DrawnPictures',
+           'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks',
+           'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -117,6 +117,20 @@ class Critic(nn.Module):
         self.body = nn.Sequential(layer(3, c, 2), layer(c, 2*c, 2), layer(2*c, 4*c, 2), layer(4*c, 4*c, 1))
         self.out = nn.Conv2d(4*c, 1, 3, 1, 1)
     def forward(self, x): return self.out(self.body(x))
+
+# %% ../../nbs/codec/24_train.ipynb #4df0cc16
+def pull(
+    y:Tensor,           # pictures or clips that a codec drew, (..., 3, h, w)
+    loss:Tensor,        # their error, a scalar
+    critic:nn.Module,   # the adversary
+    share:float=.2,     # length of its gradient in y, in lengths of that of the error; 0: it has no say
+)->dict:                # its doubt, if it was asked
+    "Send gradients back through whatever drew the pictures."
+    if not share: loss.backward(); return {}
+    with torch.autocast('cuda', torch.bfloat16, enabled=y.is_cuda): doubt = -critic(y.flatten(0, -4)).float().mean()
+    ours, theirs = torch.autograd.grad(loss, y)[0], torch.autograd.grad(doubt, y)[0]
+    y.backward(ours + (share*ours.float().norm()/theirs.float().norm().clamp(min=1e-12)).to(theirs)*theirs)
+    return dict(critic=doubt)
 
 # %% ../../nbs/codec/24_train.ipynb #af279174
 def near_identity(
@@ -236,6 +250,17 @@ def inner_kernels(
     inner = [m.weight for name, m in codec.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels > 3 and name != 'decoder.out.conv']
     return [w for w in inner if w.requires_grad]
 
+def codec_optimisers(
+    model:nn.Module,   # a codec on its device
+    lr:float,          # learning rate
+    muon:float=0.,     # that of the kernels between features, in multiples of lr; 0: AdamW for all
+)->list:               # one or two; the group of Muon has a 'scale' of the learning rate
+    "AdamW for what is trained; or AdamW and, for the kernels between features, Muon."
+    inner = inner_kernels(model) if muon else []
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in inner)]
+    opts = [torch.optim.AdamW(rest, lr, betas=(.9, .99), weight_decay=.01, fused=rest[0].is_cuda)]
+    return opts + ([StackedMuon([dict(params=inner, scale=muon)], lr)] if inner else [])
+
 # %% ../../nbs/codec/24_train.ipynb #4d486a2d
 class Compiled(nn.Module):
     "A part whose kernels are fused by torch.compile; its weights stay where they are."
@@ -277,11 +302,8 @@ class SpatialTrainer:
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)
-        on = dict(fused=self.device.type == 'cuda')
-        inner = inner_kernels(model) if muon else []
-        self.opts = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and all(p is not q for q in inner)], lr, betas=(.9, .99), weight_decay=.01, **on)]
-        if inner: self.opts.append(StackedMuon([dict(params=inner, scale=muon)], lr))
-        self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99), **on)
+        self.opts = codec_optimisers(model, lr, muon)
+        self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99), fused=self.device.type == 'cuda')
         self.g = torch.Generator(self.device).manual_seed(seed)
         self.encode, self.decode, self.record = model.encoder, model.decoder, fast
         self.settled = True                                                   # False: the weights come from a trained codec, see `settle_norms`
@@ -301,22 +323,13 @@ class SpatialTrainer:
         with self.half(): parts = dict(zip(Errors.names, self.errors(y, x, masks)))
         return sum(self.w[k]*v for k, v in parts.items()), parts
 
-    def backward(self, y:Tensor, loss:Tensor, progress:float)->dict:
-        "Gradients of the errors and, late, of the adversary: in y its gradient has a fixed share of the length of theirs."
-        late = self.w['critic']*max(0., min(1., (progress - self.late)/.1))
-        if not late: loss.backward(); return {}
-        with self.half(): doubt = -self.critic(y.flatten(0, -4)).float().mean()
-        ours, theirs = torch.autograd.grad(loss, y)[0], torch.autograd.grad(doubt, y)[0]
-        y.backward(ours + (late*ours.float().norm()/theirs.float().norm().clamp(min=1e-12)).to(theirs)*theirs)
-        return dict(critic=doubt)
-
     def move(self, y:Tensor, loss:Tensor, parts:dict, progress:float)->dict:
         "One step of the codec on the loss of what it drew; the parts of the loss, as tensors."
         rate = self.lr * min(1, (self.step+1)/200) * (.02 + .98*(.5 + .5*math.cos(math.pi*progress)))
         for opt in self.opts:
             opt.zero_grad()
             for group in opt.param_groups: group['lr'] = rate*group.get('scale', 1)
-        parts |= self.backward(y, loss, progress); mean_over_ranks(self.model.parameters())
+        parts |= pull(y, loss, self.critic, self.w['critic']*max(0., min(1., (progress - self.late)/.1))); mean_over_ranks(self.model.parameters())
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
         for opt in self.opts: opt.step()
         average(self.ema, self.model, self.step); self.step += 1
