@@ -517,19 +517,22 @@ def test_noise_in_training_differs_from_picture_to_picture():
     assert .19 < share.max() < .22 and share.median() < .07 and (share < .02).float().mean() > .2
 
 @torch.enable_grad()
-def test_the_adversary_has_a_fixed_share_of_the_gradient():
-    from midas_ref.codec.train import SpatialTrainer, pull
+def test_the_adversary_has_a_fixed_share_of_the_gradient(monkeypatch):
+    from midas_ref.codec import train as T
     from midas_ref.data.probes import new_probe
-    trainer = SpatialTrainer(image(LIGHT), new_probe('a'))
-    def pulled(progress, size):
+    trainer, asked = T.SpatialTrainer(image(LIGHT), new_probe('a')), []
+    def pulled(share, size):
         y = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        parts = pull(y, size*y.square().sum(), trainer.critic, trainer.w['critic']*max(0., min(1., (progress - trainer.late)/.1)))
-        return y.grad - 2*size*y.detach(), 2*size*y.detach(), parts
+        parts = T.pull(y, size*y.square().sum(), trainer.critic, share)
+        return ((y.grad - 2*size*y.detach()).norm()/(2*size*y.detach()).norm()).item(), set(parts)
     for size in (1e-3, 1e3):                                                   # however long the gradient of the errors is
-        theirs, ours, parts = pulled(1., size)
-        assert abs(theirs.norm()/ours.norm() - .2) < 1e-3 and set(parts) == {'critic'}
-    assert pulled(.5, 1.)[0].abs().max() == 0 and pulled(.5, 1.)[2] == {} and .09 < (lambda a, b, _: a.norm()/b.norm())(*pulled(.71, 1.)) < .11
+        for share in (.1, .2): assert pulled(share, size) == (pytest.approx(share, abs=1e-3), {'critic'})
+    assert pulled(0., 1.) == (0., set())
     assert all(p.grad is None for p in trainer.critic.parameters())            # it learns from its own loss alone
+    whole = T.pull
+    monkeypatch.setattr(T, 'pull', lambda y, loss, critic, share: asked.append(share) or whole(y, loss, critic, share))
+    for progress in (.5, .66, .71, .9): trainer.update(torch.rand(2, 3, 64, 64), torch.rand(2, 2, 64, 64), progress)
+    assert asked == pytest.approx([0, 0, .1, .2])
 
 def test_stock_shows_each_picture_as_often_as_told():
     from midas_ref.codec.train import DrawnPictures

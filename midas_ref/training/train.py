@@ -29,7 +29,7 @@ from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
 from ..model.flow import sample
-from ..model.midas import Midas, by_chunk
+from ..model.midas import Midas, by_chunk, midas_folder
 
 # %% ../../nbs/training/50_train.ipynb #d9788e18
 @dataclass
@@ -499,7 +499,7 @@ def new_midas(
         for what, has, wants in (('codec', model.codec.cfg.latent_channels, cfg.codec.latent_channels), ('tokenizer', model.audio.cfg.width, cfg.audio.width)):
             if has != wants: raise ValueError(f"The {what} in {weights} is {has} wide, but the preset {name!r} wants {wants}; use the preset 'tiny', or --start-from a model that brings its own.")
     if anew:
-        state, wanted = read_safetensors(Path(start_from)/'model.safetensors'), model.trained_state()
+        state, wanted = read_safetensors(midas_folder(start_from)/'model.safetensors'), model.trained_state()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
