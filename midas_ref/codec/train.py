@@ -295,7 +295,7 @@ class SpatialTrainer:
         seed:int=0,              # of the noise
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
         muon:float=0.,           # learning rate of the kernels between features under Muon, in multiples of lr; 0: AdamW for all
-        fuse:bool=False,         # compile them before: two minutes more to start, and then less than half the time a step
+        fuse:bool=False,         # compile them before: up to two minutes more to start, then fewer passes over memory
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
         self.w = dict(pixel=1., edge=.5, structure=.8, feature=.06, critic=.2, change=1.)
