@@ -11,7 +11,7 @@ from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
-from midas_ref.training.train import FACE, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, draw_pool, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, draw_pool, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -27,7 +27,7 @@ def numbered(scenes=3, frames=36, per_token=1):
     chunks = frames//(6*per_token)
     latents = (at[..., None, None, None] + torch.zeros(scenes, frames, 128, 2, 2)).half().float()
     return Pool(latents, torch.randn(scenes, 2, 128, 2, 2), at[..., None, None].expand(-1, -1, 12, 2)/1000, torch.ones(scenes, frames, 12, dtype=torch.bool),
-                torch.arange(scenes*frames//per_token).view(scenes, -1), (torch.arange(scenes*chunks).view(scenes, -1, 1) % 100 + 5).expand(-1, -1, 64).int(), at[..., None].expand(-1, -1, len(FACE))/1000,
+                torch.arange(scenes*frames//per_token).view(scenes, -1), (torch.arange(scenes*chunks).view(scenes, -1, 1) % 100 + 5).expand(-1, -1, 64).int(), at[..., None].expand(-1, -1, READINGS)/1000,
                 torch.arange(scenes*frames//per_token)[:, None].expand(-1, 32).float(), 'none')
 
 @pytest.fixture(scope='module')
@@ -341,7 +341,7 @@ def test_fast_on_cuda(pool):
 def test_own_frames_go_as_deep_as_told(pool, monkeypatch):
     "Each pass draws from what the last one left, so that after k passes a frame stands at most, and sometimes, on k own ones."
     from midas_ref.training import train as T
-    seen, t = [], JointTrainer(Midas(small()), pool.activity(), Recipe(own_from=.5, own_depth=3, blind=0.))
+    seen, t = [], JointTrainer(Midas(small()), pool.activity(), Recipe(own_from=.5, own_depth=3, blind=0., astray=0.))
     def deeper(model, x, *a): return torch.cat([x[:, :1]*0, x[:, :-1]], 1) + 1
     monkeypatch.setattr(T, 'own_frames', deeper)
     latents, reference, signals, _ = batch = pool.batch(4, 2, generator=t.g)

@@ -239,10 +239,12 @@ def write_script(
     identity:Identity|None=None,  # who; None draws somebody
     clean:bool=False,        # leave the microphone perfect
     flite:float=0.,          # share of English voices from Debian's flite, which must then be installed
+    mood_chunks:tuple=(5, 12),  # chunks that an expression lasts, shortest and longest
 )->Script:
     "Invent a scene from a seed."
     if split not in SPLITS: raise ValueError(f"split is {split!r}; accepted: 'train' or 'test'.")
     if seconds < .8: raise ValueError(f"seconds is {seconds}; a scene lasts 0.8 or more.")
+    if not 1 <= mood_chunks[0] <= mood_chunks[1]: raise ValueError(f"mood_chunks is {mood_chunks}; accepted: shortest and longest time of an expression in chunks, 1 or more.")
     if flite and not shutil.which('flite'): raise RuntimeError("flite is not installed (apt-get install flite); leave flite=0 to use espeak-ng alone.")
     if kind not in (None, 'talk', 'dialogue', 'idle'): raise ValueError(f"kind is {kind!r}; accepted: 'talk', 'dialogue', 'idle' or None.")
     rng, seconds = np.random.default_rng([SPLITS.index(split), seed]), round(seconds/.08)*.08
@@ -254,7 +256,8 @@ def write_script(
     speech, partner = converse(rng, (voice_of(rng, lang, split, flite), voice_of(rng, lang, split, flite)), kind, seconds, split)
     lively = rng.beta(2, 2.5)
     turns, waves = head_events(rng, seconds, lively)
-    starts = CHUNK*np.concatenate([[0], np.cumsum(rng.integers(5, 13, int(seconds/2.4) + 1))])
+    least, most = mood_chunks
+    starts = CHUNK*np.concatenate([[0], np.cumsum(rng.integers(least, most + 1, int(seconds/(least*CHUNK)) + 1))])
     moods = [(float(s), str(m), str(rng.choice(MOODS[m]))) for s, m in zip(starts, rng.choice(list(MOODS), len(starts), p=[.3, .2, .12, .12, .13, .13]))]
     beats = stressed(speech)
     ends = [a for a, b, p in partner.phonemes if not p and a > 0 and b - a > .15] if partner else []

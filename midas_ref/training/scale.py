@@ -35,7 +35,7 @@ from ..model.mask import training_mask
 from ..model.midas import Midas
 from ..model.noise import noise_sigmas
 from ..model.tokens import chunk_layout
-from .train import FACE, JointTrainer, Pool, Recipe, change_weight
+from .train import READINGS, JointTrainer, Pool, Recipe, change_weight, readings
 
 # %% ../../nbs/training/51_deepspeed.ipynb #fcecde92
 KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
@@ -64,6 +64,7 @@ class TrainConfig:
     t_kind: str = 'logit_normal'   # where its t comes from
     high: float = 0.               # bias to high noise levels in the first third
     blind: float = 0.              # share of sequences without a past
+    astray: float = 0.             # share of sequences whose past has one and the same error all along
     own: float = 0.                # share of own frames in the past, in the last part
     own_from: float = .75          # progress at which that part begins
     reader: float = 0.             # weight of the reader of the face at the start; a sixth of it at the end
@@ -80,7 +81,7 @@ class TrainConfig:
             if not fits: _refuse(f"TrainConfig.{f.name}", v, KINDS[kind])
         for n in ('rows', 'accumulate', 'chunks', 'steps', 'warm', 'repeats', 'save_every', 'keep', 'log_every'):
             if getattr(self, n) < 1: _refuse(f"TrainConfig.{n}", getattr(self, n), '1 or more')
-        for n in ('final', 'blind', 'own', 'own_from', 'high', 'beta1', 'beta2'):
+        for n in ('final', 'blind', 'astray', 'own', 'own_from', 'high', 'beta1', 'beta2'):
             if not 0 <= getattr(self, n) <= 1: _refuse(f"TrainConfig.{n}", getattr(self, n), '0 to 1')
         for n in ('lr', 'clip', 'decay', 'reader', 'workers', 'seed'):
             if not 0 <= getattr(self, n) < math.inf: _refuse(f"TrainConfig.{n}", getattr(self, n), '0 or more')
@@ -91,7 +92,7 @@ class TrainConfig:
 
     def recipe(self):
         "The same in the words of page 50."
-        same = {n: getattr(self, n) for n in ('lr', 'final', 'warm', 'decay', 'clip', 'repeats', 't_kind', 'high', 'blind', 'own', 'own_from', 'accumulate', 'seed')}
+        same = {n: getattr(self, n) for n in ('lr', 'final', 'warm', 'decay', 'clip', 'repeats', 't_kind', 'high', 'blind', 'astray', 'own', 'own_from', 'accumulate', 'seed')}
         return Recipe(**same, reader=(self.reader, self.reader/6), short=0., keep=0.)
 
 # %% ../../nbs/training/51_deepspeed.ipynb #032fdaed
@@ -99,7 +100,7 @@ def train_preset(
     name:str,   # 'paper' or 'tiny'
 )->TrainConfig:
     "The settings that belong to a preset."
-    if name == 'tiny': return TrainConfig(rows=32, chunks=6, steps=20_000, lr=6e-4, final=.05, warm=300, beta2=.95, high=.5, blind=.1, own=.5, reader=.3, recompute=False)
+    if name == 'tiny': return TrainConfig(rows=32, chunks=6, steps=20_000, lr=6e-4, final=.05, warm=300, beta2=.95, high=.5, blind=.1, astray=.3, own=.5, reader=.3, recompute=False)
     return TrainConfig()
 
 def with_settings(
@@ -185,7 +186,7 @@ class Synthetic:
         x = randn(1, *self.shape) + .1*randn(t, *self.shape).cumsum(0)
         text = torch.randint(2, 258, (k, 64), generator=g) if self.said is None else self.said[torch.randint(4, (k,), generator=g)]
         return dict(latents=x/x.std(), reference=randn(*self.shape), audio=randn(k*self.cfg.audio_tokens, self.cfg.audio.width), velocity=randn(t, 12, 2),
-                    known=torch.ones(t, 12, dtype=torch.bool), text=text, face=randn(t, len(FACE)))
+                    known=torch.ones(t, 12, dtype=torch.bool), text=text, face=randn(t, READINGS))
 
     def batch(self, first:int, rows:int)->tuple: return _together([self.item(p) for p in range(first, first + rows)])
     def activity(self): return torch.ones(self.cfg.video.tokens, self.cfg.codec.latent_channels)
@@ -293,7 +294,7 @@ class JointStep(nn.Module):
         super().__init__()
         self.model, self.r, self.weight, self.tc = midas.train(), tc.recipe(), change_weight(activity), tc
         d = midas.cfg.backbone.width
-        self.reader = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, len(FACE)))
+        self.reader = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, READINGS))
         self.lengths = {midas.cfg.frames_per_chunk: midas}
 
     def settle(self, device):
@@ -979,11 +980,12 @@ def encode_clip(
         portrait = None if sample.reference is None else c.encode(picture(sample.reference[None]), check=False)[0].half()
     ids, per, f = midas.audio(torch.from_numpy(np.array(sample.audio)).to(device)[None]).ids[0], round(midas.cfg.audio.token_seconds*v.fps), midas.cfg.frames_per_chunk
     said, long, motion, points = sample.meta.get('captions') or [''], 64 if midas.cfg.text.model == 'bytes' else 1024, sample.truth.get('motion'), sample.truth.get('keypoints')
+    read = None if motion is None else readings(torch.from_numpy(np.array(motion)).float())
     points = torch.full((1, len(z), 12, 2), torch.nan) if points is None else torch.from_numpy(np.array(points[None, :, :12, :2])).float()
     velocity, known = (x[0] for x in JointVelocity(12, fps=v.fps)(in_heights(points, v.height, v.width)))
     for a in range(0, len(z) - frames + 1, frames):
         words = [said[min(int((a + k + f/2)/len(z)*len(said)), len(said) - 1)] for k in range(0, frames, f)]
-        face = torch.full((frames, len(FACE)), torch.nan) if motion is None else torch.from_numpy(np.array(motion[a:a+frames][:, FACE])).float()
+        face = torch.full((frames, READINGS), torch.nan) if motion is None else read[a:a+frames]
         out.append(dict(latents=z[a:a+frames], reference=portrait if portrait is not None else z[(a + frames) % len(z)][None], velocity=velocity[a:a+frames], known=known[a:a+frames],
                         audio=ids[a//per:(a + frames)//per], text=torch.tensor([byte_ids(w or '', long) for w in words]), face=face))
     return out
