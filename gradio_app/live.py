@@ -110,12 +110,13 @@ class Live:
         record:bool=True,        # write an mp4
         mic:bool=False,          # a microphone will bring the sound, and be the clock
     ):
+        from midas_ref.config import MEMORY_LEVEL
         self.hub, self.portrait, self.id, self.born = hub, portrait, secrets.token_urlsafe(12), time.monotonic()
         self.emit, self.lock, self.closed, self.reason = (lambda kind, **v: None) if emit is None else emit, threading.Lock(), False, ''
         self.ears, self.voice, self.mic, self.clock = Ears(), Voice(), mic, None
         self.inbox, self.arrived, self.playing = np.zeros(0, np.float32), deque(), deque()   # arrived: (samples in all, when)
         self.heard, self.taken, self.active, self.talking = 0, 0, self.born, False
-        self.wish, self.text, self.rates, self.level, self.pending = 'neutral', '', None, 3, {'frames': frames}
+        self.wish, self.text, self.rates, self.level, self.pending = 'neutral', '', None, MEMORY_LEVEL, {'frames': frames}
         self.count, self.waits, self.stamps = Counter(), deque(maxlen=250), deque(maxlen=250)
         self.current, self.rig, self.angle = None, None, None
         self._open(frames)

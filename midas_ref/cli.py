@@ -392,7 +392,7 @@ def bench_reconstruction(a):
     option('--clips', type=number(int, 1), default=4, help='held-out talking scenes (default 4); 3 more for each 8 of them, or fewer, are in languages never heard'),
     option('--seconds', type=number(float, 1.92, 600), default=4.8, help='length of each, whole chunks of 0.48 s (default 4.8)'), option('--long', type=number(float, 0, 3600), default=0., metavar='SECONDS', help='length of the long run (default 0: none)'),
     option('--real', metavar='FOLDER', default=os.environ.get('MIDAS_REAL'), help='recordings of the GRID corpus (default: the variable MIDAS_REAL)'), option('--no-baselines', dest='baselines', action='store_false', help='only the truth, the codec and the models'),
-    option('--level', type=number(int, 0), default=3, help='noise level of the past (default 3)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
+    option('--level', type=number(int, 0), default=8, help='noise level of the past (default 8)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
     option('--sheet', metavar='PNG', help='write a contact sheet'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)
 def bench_quality(a):
     "Let everybody play, and judge."
@@ -453,7 +453,7 @@ def bench_codec(a):
 WEIGHTS_OPTION = option('--weights', '--preset', dest='weights', metavar='WHERE', help='tiny (bundled), a folder that midas-ref train model wrote, or a hub id (default: that of settings.ini)')
 PLACE = (option('--device', help='auto, cpu, cuda or cuda:N (default: that of settings.ini)'), option('--dtype', choices=('auto', 'float32', 'bfloat16'), help='number type (default: that of settings.ini)'))
 CHUNK = (option('--frames', type=number(int, 1, 48), metavar='N', help='frames of a chunk, such as 1, 2, 3 or 6: fewer react faster and cost more (default: that of the weights)'),
-         option('--level', type=number(int, 0, 19), default=3, metavar='N', help='noise level at which frames are remembered, 0 to 19: higher drifts less and is softer (default 3)'),
+         option('--level', type=number(int, 0, 19), default=8, metavar='N', help='noise level at which frames are remembered, 0 to 19: higher drifts less and is softer (default 8)'),
          option('--overlap', action=argparse.BooleanOptionalAction, default=False, help='decode in a second thread (default no)'),
          option('--fast', action=argparse.BooleanOptionalAction, default=False, help='on a GPU: replay each frame from a recording (default no)'))
 

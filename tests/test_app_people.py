@@ -42,3 +42,17 @@ def test_a_store_forgets_the_oldest():
     s = P.Store(3); keys = [s.put(i) for i in range(5)]
     assert [s.get(k) for k in keys] == [None, None, 2, 3, 4] and s.get('x') is None and s.get(['x']) is None and s.get(None) is None
     t = P.Store(9, keep=-1.); t.put(1); t.put(2); assert len(t.items) <= 1
+
+def test_everything_begins_at_the_same_noise_level():
+    "The page, the commands and a session remember alike."
+    import inspect, re
+    from pathlib import Path
+    from midas_ref import cli
+    from midas_ref.config import MEMORY_LEVEL
+    from midas_ref.inference.animate import bench_stream
+    from midas_ref.inference.session import Session
+    page = (Path(__file__).parents[1]/'gradio_app'/'static'/'screen.html').read_text()
+    assert re.search(r'<output id="m-level-out">(\d+)<', page)[1] == re.search(r'id="m-level" [^>]*value="(\d+)"', page)[1] == str(MEMORY_LEVEL)
+    assert {inspect.signature(f).parameters['level'].default for f in (Session, bench_stream)} == {MEMORY_LEVEL}
+    said = [cli._make_parser().parse_args(a).level for a in (['bench', 'quality'], ['bench', 'stream'], ['animate', 'p.png', 'a.wav', '-o', 'o.mp4'])]
+    assert set(said) == {MEMORY_LEVEL}

@@ -66,3 +66,12 @@ def test_sample_ends_with_its_picture(monkeypatch):
 @pytest.mark.parametrize('kw, said', [(dict(split='dev'), "'train' or 'test'"), (dict(seconds=.1), '0.8 or more'), (dict(kind='sing'), "'talk', 'dialogue', 'idle'"), (dict(lang='xx'), 'xx')])
 def test_bad_input(kw, said):
     with pytest.raises(ValueError, match=said): script(0, **kw)
+
+def test_expressions_last_as_long_as_told():
+    for few, most in ((1, 1), (2, 7), (5, 12)):
+        starts = np.array([m[0] for m in script(8, seconds=19.2, mood_chunks=(few, most)).moods])/.48
+        assert np.allclose(starts, starts.round()); held = np.diff(starts.round())
+        assert few <= held.min() and held.max() <= most and starts[-1]*.48 >= 19.2 - most*.48
+    assert script(8).moods == script(8, mood_chunks=(5, 12)).moods
+    for wrong in ((0, 3), (4, 2)):
+        with pytest.raises(ValueError, match='mood_chunks'): script(8, mood_chunks=wrong)

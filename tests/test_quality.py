@@ -12,7 +12,7 @@ from midas_ref.data.portraits import MOTION, keypoints, pose
 from midas_ref.data.probes import MOOD_NAMES, READ
 from midas_ref.data.speech import Speech
 from midas_ref.conditions.pose import JointVelocity, in_heights
-from midas_ref.config import preset, to_dict
+from midas_ref.config import MEMORY_LEVEL, preset, to_dict
 from midas_ref.evaluation import ablations as A
 from midas_ref.evaluation import quality as Q
 from midas_ref.training import scale
@@ -256,7 +256,7 @@ def test_ablations_change_what_they_say():
         new = flat(to_dict(A.changed(preset('tiny'), a.changes)))
         assert {k: v for k, v in new.items() if v != base[k]} == a.changes and (name == 'base') == (not a.changes), name
     used = [(s['level'], s['steps']) for s in A.ABLATIONS['base'].settings]
-    assert {n for _, n in used} == {1, 2, 4, 8} and used[0] == (3, 4) and len(set(used)) == len(used)
+    assert {n for _, n in used} == {1, 2, 4, 8} and used[0] == (MEMORY_LEVEL, 4) and len(set(used)) == len(used)
     for wrong in ('noise.sigma', 'nothing.at', 'window', ''):
         with pytest.raises(ValueError, match='A configuration has no'): A.changed(preset('tiny'), {wrong: 1})
 

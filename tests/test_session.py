@@ -3,7 +3,7 @@ import dataclasses, threading
 import numpy as np, pytest, torch
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
-from midas_ref.config import preset
+from midas_ref.config import MEMORY_LEVEL, preset
 from midas_ref.inference.session import Session, StageClock, draw_chunk, generate_offline, join_streams, open_streams, split_streams, to_bytes
 from midas_ref.model.midas import Midas
 
@@ -32,8 +32,8 @@ def test_twelve_chunks_equal_the_slow_reference(midas, sound):
     "In single precision, with pictures as floats; the window holds four chunks."
     s, got = Session(midas, face(0), seed=3), []
     for k in range(12):
-        got += [x[0] for x in draw_chunk(midas, s.streams, torch.from_numpy(sound[k*N:(k+1)*N])[None], s.reference, {}, 3)]
-    slow = generate_offline(midas, face(0), torch.from_numpy(sound), level=3, seed=3)
+        got += [x[0] for x in draw_chunk(midas, s.streams, torch.from_numpy(sound[k*N:(k+1)*N])[None], s.reference, {}, MEMORY_LEVEL)]
+    slow = generate_offline(midas, face(0), torch.from_numpy(sound), level=MEMORY_LEVEL, seed=3)
     assert slow.shape[0] == 72 and (torch.stack(got) - slow).abs().max() < 1e-4
     assert slow.std() > .01 and (slow[1:] - slow[:-1]).abs().amax((1, 2, 3)).min() > 1e-3       # something happens
 
@@ -72,7 +72,7 @@ def test_recorded_calls_give_the_same_frames(midas, sound, monkeypatch):
     monkeypatch.setattr(S, 'record', record)
     x, wish = sound[:4*N], dict(text='laughing', level=9)
     def run(s):
-        out = [s.push(x[:N])]; s.steer(**wish); out.append(s.push(x[N:4*N - 5000])); out.append(s.finish()); s.steer(text='', level=3)
+        out = [s.push(x[:N])]; s.steer(**wish); out.append(s.push(x[N:4*N - 5000])); out.append(s.finish()); s.steer(text='', level=MEMORY_LEVEL)
         return np.concatenate(out)
     for frames in (None, 3, 1):
         plain, s = Session(midas, face(0), 5, frames), Session(midas, face(0), 5, frames, fast=True)
@@ -118,7 +118,7 @@ def test_four_in_turns_and_four_in_a_batch_equal_four_alone(midas, sound):
     got = [np.concatenate(f) for f in zip(*[[s.push(p[k:k+N]) for s, p in zip(turns, parts)] for k in range(0, 3*N, N)])]
     assert all((a == b).all() for a, b in zip(got, alone))
     streams, refs = open_streams(midas, 4, [0, 1, 2, 3]), torch.cat([s.reference for s in turns])
-    frames = [x for k in range(0, 3*N, N) for x in draw_chunk(midas, streams, torch.from_numpy(np.stack([p[k:k+N] for p in parts])), refs, {}, 3)]
+    frames = [x for k in range(0, 3*N, N) for x in draw_chunk(midas, streams, torch.from_numpy(np.stack([p[k:k+N] for p in parts])), refs, {}, MEMORY_LEVEL)]
     assert all(differ(np.stack([to_bytes(f[i]) for f in frames]), alone[i]) <= 1 for i in range(4))
 
 def test_sessions_join_and_part(midas, sound):
@@ -126,7 +126,7 @@ def test_sessions_join_and_part(midas, sound):
     want = [Session(midas, face(i), i + 1).push(sound[:3*N])[12:] for i in range(2)]
     for s in (a, b): s.push(sound[:N])
     both, chunk = join_streams([a.streams, b.streams]), torch.from_numpy(sound[N:2*N])[None].expand(2, -1)
-    list(draw_chunk(midas, both, chunk, torch.cat([a.reference, b.reference]), {}, 3))
+    list(draw_chunk(midas, both, chunk, torch.cat([a.reference, b.reference]), {}, MEMORY_LEVEL))
     for s, part in zip((a, b), split_streams(both)): s.streams = part
     assert all(differ(s.push(sound[2*N:3*N]), w) <= 1 for s, w in zip((a, b), want))
 

@@ -11,7 +11,7 @@ from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
-from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, draw_pool, generate, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, draw_pool, generate, lead_astray, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -227,7 +227,7 @@ def test_swap_check_hears(pool):
 
 # the overfit control
 
-CLIP = dict(lr=4e-3, warm=10, final=.1, blind=0., own=0., high=0., keep=.9, repeats=6, reader=(0., 0.))
+CLIP = dict(astray=0., lr=4e-3, warm=10, final=.1, blind=0., own=0., high=0., keep=.9, repeats=6, reader=(0., 0.))
 
 def overfit(pool, steps=120):
     "Relative error of generated latents after learning two short sequences by heart."
@@ -362,3 +362,30 @@ def test_a_model_goes_on_with_another_codec(tmp_path):
     with pytest.raises(ValueError, match='go on from'): new_midas('tiny', anew=True)
     Midas(small()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='has other sizes'): new_midas('tiny', tmp_path, anew=True)
+
+def test_an_error_in_the_whole_past(pool):
+    "The same in all frames, in the told share of sequences, towards the next row in some places; what is to be drawn stays true."
+    x = pool.latents.float()
+    g = lambda: torch.Generator().manual_seed(3)
+    assert torch.equal(lead_astray(x, 0., g()), x) and torch.equal(lead_astray(x, 1., g(), 0., 0.), x)
+    off = lead_astray(x, 1., g()) - x
+    assert torch.allclose(off, off[:, :1].expand_as(off), atol=1e-4) and off.abs().amax((1, 2, 3, 4)).min() > 0
+    off = (lead_astray(x, 1., g(), noise=0.) - x)[:, 0]
+    way = (off/(x.mean(1).roll(1, 0) - x.mean(1))).mean(1)                        # (b, h, w): one share of the way for each row, or nothing
+    assert all(((w.abs() < 1e-3) | ((w - w.max()).abs() < 1e-3)).all() and 0 <= w.max() <= 1 for w in way) and 0 < (way > 1e-3).float().mean() < 1
+    many = torch.zeros(400, 2, 1, 1, 1)
+    assert .4 < (lead_astray(many, .5, g()).abs().amax((1, 2, 3, 4)) > 0).float().mean() < .6
+    t, batch = JointTrainer(Midas(small()), pool.activity(), Recipe(astray=1., blind=0., own=0.)), pool.batch(3, 2)
+    assert not torch.equal(t.context(*batch[:3], 0), batch[0]) and torch.equal(JointTrainer(Midas(small()), pool.activity(), Recipe(astray=0., blind=0.)).context(*batch[:3], 0), batch[0])
+
+def test_readings_tell_mouth_mood_and_turns():
+    from midas_ref.data.portraits import MOTION
+    from midas_ref.training.train import FACE, TURN, readings
+    m = torch.zeros(5, len(MOTION)); m[:, MOTION.index('smile')] = .3; m[:, MOTION.index('pitch')] = torch.tensor([.1, .1, .12, .12, .1])
+    r = readings(m)
+    assert r.shape == (5, READINGS) and r[:, FACE.index(MOTION.index('smile'))].eq(.3).all()
+    assert torch.allclose(r[:, len(FACE) + TURN.index(MOTION.index('pitch'))], torch.tensor([0, 0, .2, 0, -.2]), atol=1e-5)
+
+def test_old_scenes_are_refused(scenes, tmp_path):
+    dataclasses.replace(scenes, motion=scenes.motion.to(torch.int8)).save(tmp_path/'old.safetensors')
+    with pytest.raises(ValueError, match='older kind'): Scenes.load(tmp_path/'old.safetensors')

@@ -8,7 +8,7 @@ import dataclasses, json, math, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
-from ..config import MidasConfig
+from ..config import MEMORY_LEVEL, MidasConfig
 from ..codec.dcae import machine
 from ..model.midas import Midas
 from ..training.train import JointTrainer, Plan, Pool, Recipe, averaged, train_model
@@ -34,10 +34,10 @@ class Ablation:
     "A training that differs from the base in one thing, and the settings in which it is examined."
     question:str                                    # one line
     changes:dict = field(default_factory=dict)      # of the configuration, see `changed`
-    settings:tuple = (dict(level=3, steps=4),)      # of `Session`; the first is also examined in a long run with pose and words
+    settings:tuple = (dict(level=MEMORY_LEVEL, steps=4),)      # of `Session`; the first is also examined in a long run with pose and words
 
 ABLATIONS = dict(
-    base=Ablation('everything as in the preset; denoising steps and noise level in use', settings=(dict(level=3, steps=4), *(dict(level=3, steps=n) for n in (1, 2, 8)), *(dict(level=n, steps=4) for n in (0, 1, 6, 10, 15)))),
+    base=Ablation('everything as in the preset; denoising steps and noise level in use', settings=(dict(level=MEMORY_LEVEL, steps=4), *(dict(level=MEMORY_LEVEL, steps=n) for n in (1, 2, 8)), *(dict(level=n, steps=4) for n in (0, 3, 6, 12, 15)))),
     no_noise=Ablation('the past without noise, in training and in use', {'noise.sigma_max': 0.}),
     window_2=Ablation('a memory of 2 chunks instead of 8', {'window_frames': 12}),
     no_truncation=Ablation('a memory that forgets nothing', {'window_frames': 6*128}),

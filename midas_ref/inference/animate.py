@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from ..config import DeviceSettings, PRESETS, load_settings, pick_device, preset
+from ..config import MEMORY_LEVEL, DeviceSettings, PRESETS, load_settings, pick_device, preset
 from ..metrics import latency
 from ..data.probes import WEIGHTS
 from ..codec.dcae import machine
@@ -225,7 +225,7 @@ def bench_stream(
     batched:bool=False,      # in one batch instead of in turns
     frames:int|None=None,    # frames of a chunk; None: as configured
     overlap:bool=False,      # see `Session`
-    level:int=3,             # see `Session`
+    level:int=MEMORY_LEVEL,  # see `Session`
     warmup:int=10,           # chunks before the measurement, so that the window is full
     progress:bool=False,     # show a bar
     fast:bool=False,         # see `Session`

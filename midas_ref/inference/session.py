@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from einops import rearrange
+from ..config import MEMORY_LEVEL
 from ..metrics import latency
 from ..streaming import StreamState, stack, unstack
 from ..data.clips import MOODS
@@ -233,7 +234,7 @@ class Session(Wishes):
         portrait,                # (3, h, w) in [-1, 1], or (h, w, 3) bytes, or what `load_portrait` gives
         seed:int=0,              # of the noise: the same seed and sound give the same frames
         frames:int|None=None,    # frames of a chunk, among those the weights know; fewer mean less delay
-        level:int=3,             # noise level at which frames are remembered: higher drifts less and is softer
+        level:int=MEMORY_LEVEL,  # noise level at which frames are remembered: higher drifts less and is softer
         steps:int|None=None,     # denoising steps; None: as the configuration says
         clock=untimed,           # a `StageClock` to measure with
         overlap:bool=False,      # decode in a second thread while the next frame is drawn: more frames a second where a core is free

@@ -227,7 +227,7 @@ class Recipe:
     t_kind:str = 'logit_normal'  # where its t comes from
     high:float = .5           # bias to high noise levels in the first third
     blind:float = .1          # share of sequences without a past
-    astray:float = .3         # share of sequences whose past has one and the same error all along
+    astray:float = .5         # share of sequences whose past has one and the same error all along
     own:float = .5            # share of own frames in the past, in the last part
     own_from:float = .75      # progress at which that part begins
     own_depth:int = 1         # steps deep that they go, in the end
@@ -265,11 +265,12 @@ def lead_astray(
     share:float,       # of the sequences
     generator,         # on their device
     noise:float=.5,    # most deviation of a random error
-    others:float=.3,   # most of the way to the looks of the next row
+    others:float=1.,   # most of the way to the looks of the next row, in every other place
 )->Tensor:             # the same shape
-    "Add to some sequences an error that is the same in all frames: random, and towards somebody else."
+    "Add to some sequences an error that is the same in all frames: random, and here and there towards somebody else."
     rand, looks = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents), latents.mean(1, keepdim=True)
-    error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*(looks.roll(1, 0) - looks)
+    where = rand(torch.rand, 1, 1, *latents.shape[3:]) < .5                                # hair may turn into somebody else's, and the wall stay
+    error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*(looks.roll(1, 0) - looks)
     return latents + (rand(torch.rand, 1, 1, 1, 1) < share)*error
 
 @torch.no_grad()
