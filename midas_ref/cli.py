@@ -235,6 +235,7 @@ def data_scenes(a):
     option('--lr', type=number(float, 1e-7, 1), default=None, help='one device: peak learning rate (default: that of the recipe)'),
     option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='one device: train the matrices inside layers with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--rows', type=number(int, 1, 4096), default=96, help='one device: sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
+    option('--rollout', type=number(float, 0, 1), default=None, metavar='SHARE', help='one device: share of the steps of the last quarter whose past the model has drawn live (default 0)'),
     option('--own-depth', type=number(int, 1, 16), default=None, metavar='N', help='one device: steps deep that own frames go in the last quarter (default: as the recipe says, 1)'),
     option('--chunks', type=number(int, 1, 4096), default=None, metavar='N', help='one device: sequences of N chunks from beginning to end, as many as hold the same frames (default: 6, later 16)'),
     option('--people', type=number(int, 1), default=160, help='one device: people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'),
@@ -264,7 +265,7 @@ def train_model(a):
     people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, bake_on=a.bake_on)
     pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None)
     del people
-    trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(lr=a.lr or T.Recipe.lr, muon=a.muon, own_depth=a.own_depth or T.Recipe.own_depth), fast=device != 'cpu')
+    trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(lr=a.lr or T.Recipe.lr, muon=a.muon, own_depth=a.own_depth or T.Recipe.own_depth, rollout=a.rollout or 0.), fast=device != 'cpu')
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
     early, late = ((max(1, a.rows*6//a.chunks), a.chunks),)*2 if a.chunks else ((a.rows, 6), (max(1, a.rows//3), 16))
     T.train_model(trainer, pool, a.minutes, out, a.begin, a.end, T.Plan(early, late))
@@ -279,7 +280,7 @@ def source_of(a, cfg, tc):
 def train_many(a):
     "One process of many."
     from midas_ref.training import scale as S
-    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96), ('--chunks', a.chunks), ('--new-codec', a.new_codec), ('--own-depth', a.own_depth)):
+    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96), ('--chunks', a.chunks), ('--new-codec', a.new_codec), ('--own-depth', a.own_depth), ('--rollout', a.rollout)):
         if given: raise ValueError(f"{name} is for scenes on one device or a few; for encoded data give settings of page 51 instead, such as --set rows=4 or --set lr=1e-4.")
     tc, first = S.with_settings(S.train_preset(a.preset), a.set), int(os.environ.get('RANK', 0)) == 0
     cfg, make = S.start_model(a.preset, a.backbone, a.start_from, tc.seed, print if first else lambda _: None)

@@ -389,3 +389,24 @@ def test_readings_tell_mouth_mood_and_turns():
 def test_old_scenes_are_refused(scenes, tmp_path):
     dataclasses.replace(scenes, motion=scenes.motion.to(torch.int8)).save(tmp_path/'old.safetensors')
     with pytest.raises(ValueError, match='older kind'): Scenes.load(tmp_path/'old.safetensors')
+
+def test_the_past_can_be_a_stream_of_the_model(pool, tmp_path):
+    "Drawn anew on time, told apart from the truth, without the eyes in its loss, and remembered by a checkpoint."
+    r = Recipe(warm=1, lr=3e-3, own=.5, own_from=.5, rollout=1., renew=2, blind=0., astray=0.)
+    new = lambda: (torch.manual_seed(5), JointTrainer(Midas(small()), pool.activity(), r))[1]
+    draw = lambda t: lambda: (pool.batch(2, 3, generator=t.g), 6)
+    t = new(); t.update(draw(t), .4); assert not t.stock
+    t.step = 2; t.update(draw(t), .6); first = t.stock
+    assert len(first) == 1 and first[0][1].shape == first[0][0][0].shape and not torch.allclose(first[0][1].float(), first[0][0][0].float())
+    t.update(draw(t), .6); assert t.stock is first
+    for _ in range(4): t.update(draw(t), .6)
+    assert len(t.stock) == 2 and t.model.training
+    seen, whole = [], t.model.forward
+    t.lengths[6].forward = lambda *a, **kw: seen.append((a[3], kw['context'])) or whole(*a, **kw)
+    t.loss(pool.batch(2, 3), .6)
+    assert any(torch.equal(seen[0][1], own.to(seen[0][1])) for _, own in t.stock) and torch.equal(seen[0][0], t.weight*t.calm)
+    t.loss(pool.batch(2, 3), .4); assert torch.equal(seen[1][0], t.weight)
+    del t.lengths[6].forward
+    save_run(t, tmp_path/'c.safetensors'); losses = [t.update(draw(t), .6)['flow'].item() for _ in range(3)]
+    again = new(); load_run(again, tmp_path/'c.safetensors')
+    assert [again.update(draw(again), .6)['flow'].item() for _ in range(3)] == losses

@@ -7,6 +7,7 @@ __all__ = ['GPU', 'latent_bytes', 'encoding_hours', 'sent_bytes', 'plan']
 import dataclasses
 from dataclasses import dataclass
 from ..config import MidasConfig, codec_cost
+from .train import READINGS
 from .scale import TrainConfig, activation_bytes, parameters, state_bytes, step_flops
 
 # %% ../../nbs/training/53_plan.ipynb #8131b5d8
@@ -36,7 +37,7 @@ def latent_bytes(
     "What `midas-ref data encode` writes."
     s = hours*3600
     return dict(latents=s*cfg.video.fps*cfg.video.tokens*cfg.codec.latent_channels*2, audio=s/cfg.audio.token_seconds*4, pose=s*cfg.video.fps*keypoints*(2*2 + 1),
-                text=s/cfg.chunk_seconds*letters*4, face=s*cfg.video.fps*16*4)
+                text=s/cfg.chunk_seconds*letters*4, face=s*cfg.video.fps*READINGS*4)
 
 # %% ../../nbs/training/53_plan.ipynb #33e225e8
 def encoding_hours(

@@ -285,7 +285,7 @@ def _order(n, seed, epoch): return epoch_order(n, seed, epoch)
 # %% ../../nbs/training/51_deepspeed.ipynb #36b1152b
 class JointStep(nn.Module):
     "Model, reader of the face and loss as one module."
-    context, loss = JointTrainer.context, JointTrainer.loss
+    context, loss, stock = JointTrainer.context, JointTrainer.loss, ()
     def __init__(self,
         midas:Midas,       # without codec and tokenizer: latents and tokens come from files
         activity,          # (n, c), see `Pool.activity`
