@@ -1841,6 +1841,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'midas_ref/training/train.py'),
                                           'midas_ref.training.train.draw_pool': ( 'training/train.html#draw_pool',
                                                                                   'midas_ref/training/train.py'),
+                                          'midas_ref.training.train.eager': ('training/train.html#eager', 'midas_ref/training/train.py'),
                                           'midas_ref.training.train.generate': ( 'training/train.html#generate',
                                                                                  'midas_ref/training/train.py'),
                                           'midas_ref.training.train.inner_matrices': ( 'training/train.html#inner_matrices',

@@ -3,12 +3,14 @@
 # %% auto #0
 __all__ = ['STEPS', 'FACE', 'TURN', 'READINGS', 'EYES', 'Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'readings',
            'Pool', 'check_scenes', 'draw_pool', 'change_weight', 'Recipe', 'inner_matrices', 'make_optimisers',
-           'lead_astray', 'own_frames', 'generate', 'without_eyes', 'JointTrainer', 'pack_stock', 'unpack_stock',
-           'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model', 'new_midas']
+           'lead_astray', 'own_frames', 'generate', 'without_eyes', 'eager', 'JointTrainer', 'pack_stock',
+           'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model',
+           'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -319,6 +321,8 @@ def without_eyes(
     hit = (row + 1 > EYES[1]*h) & (row < EYES[3]*h) & (col + 1 > EYES[0]*w) & (col < EYES[2]*w)
     return (~hit).float().reshape(-1, 1)
 
+def eager(): return torch.compiler.set_stance('force_eager')   # a context in which compiled layers run as they are written: for lengths too rare to be worth compiling
+
 
 # %% ../../nbs/training/50_train.ipynb #e9728067
 class JointTrainer:
@@ -341,7 +345,7 @@ class JointTrainer:
         self.stock, self.calm = [], without_eyes(*midas.cfg.video.latent).to(self.device)                            # of (batch, what the model drew)
         self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
         for m in (*midas.backbone.qwen.layers, *midas.head.blocks) if fast else (): m.compile()                    # one at a time: a compiled layer serves all of its kind
-        for m in self.lengths.values(): m.backbone.blocks = fast and self.device.type == 'cuda'
+        midas.backbone.blocks = fast and self.device.type == 'cuda'
 
     def context(self,
         latents:Tensor,     # the truth, (b, t, c, h, w)
@@ -370,7 +374,7 @@ class JointTrainer:
         passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late else 0
         with torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda'):
             seen = self.context(latents, reference, signals, passes) if seen is None else seen.to(latents)
-            out = model(latents, reference, signals, weight, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
+            with nullcontext() if model is self.model else eager(): out = model(latents, reference, signals, weight, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
             heard = self.reader(out['z'].mean(2)).float()
         known = torch.isfinite(face)
         read = ((heard - torch.where(known, face, 0.)).square()*known).sum()/known.sum().clamp(min=1)
@@ -382,7 +386,7 @@ class JointTrainer:
         latents, reference, signals, _ = batch
         was, level = self.model.training, int(torch.randint(4, 13, (), generator=self.cpu))
         self.model.eval()
-        with torch.compiler.set_stance('force_eager'): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
+        with eager(): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
         self.model.train(was)
         return batch, own.half()
 
