@@ -165,7 +165,7 @@ def train_probe(a):
     option('--minutes', type=number(float, .01), default=25., help='length of this piece (default 25)'),
     option('--begin', type=number(float, 0, 1), default=0., help='progress of the stage at the start of this piece (default 0)'), option('--end', type=number(float, 0, 1), default=1., help='and at its end (default 1)'),
     option('--start-from', metavar='FOLDER', help='codec of the stage before; stages 2 and 3 need it'), option('--resume', action='store_true', help='go on from OUT/checkpoint.safetensors, to the bit'),
-    option('--lr', type=number(float, 1e-6, 1), default=None, help='peak learning rate (default 4e-4, 4e-4, 1e-4 by stage)'),
+    option('--lr', type=number(float, 1e-6, 1), default=None, help='peak learning rate (default 4e-4, 4e-4, 4e-5 by stage)'),
     option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='train the kernels between features with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--late', type=number(float, 0, 2), default=None, metavar='PROGRESS', help='stage 1: where the adversary comes in (default .66; above 1 never)'),
     option('--decoder-only', action='store_true', help='stage 3: leave the encoder alone, so that models trained on its latents stay valid'),

@@ -73,6 +73,8 @@ def structure_error(
     a, b = .01**2, .03**2                                                      # of a range of 1 that begins with black, see page 02
     return 1 - (2*mx*my + a)*(2*both + b) / ((mx*mx + my*my + a)*(vx + vy + b))
 
+
+# %% ../../nbs/codec/24_train.ipynb #6f8dbbf8
 def grain(
     x:Tensor,  # pictures in [-1, 1], (n, c, h, w)
 )->Tensor:     # 0 or more, (n, 2c, h-5, w-5)
@@ -89,6 +91,8 @@ def texture_error(
     usual, most = (lambda g: F.avg_pool2d(g, 16, 8) + .01), (lambda g: F.max_pool2d(g, 16, 8) + .05)
     return (usual(a)/usual(b)).log().abs().mean() + .5*(most(a)/most(b)).log().abs().mean()
 
+
+# %% ../../nbs/codec/24_train.ipynb #74692b64
 class FeatureLoss(nn.Module):
     "Distance between what each stage of probe A sees in two pictures."
     def __init__(self, probe:nn.Module):
@@ -126,8 +130,10 @@ class Errors(nn.Module):
             return placed_mean((y-x).abs(), masks), placed_mean(edge_error(y, x), masks), placed_mean(structure, masks[..., ::4, ::4]), texture_error(y, x), feature
 
 class Critic(nn.Module):
-    "A patch discriminator: one verdict for each 16x16 patch or so (PatchGAN, Isola et al. 2017)."
-    def __init__(self, c:int=48):
+    "A patch discriminator: a verdict every 8 pixels, each on a patch of 62 x 62 (PatchGAN, Isola et al. 2017)."
+    def __init__(self,
+        c:int=48,   # channels of the first layer
+    ):
         super().__init__()
         def layer(a, b, stride): return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(a, b, 4, stride, 1)), nn.LeakyReLU(.2))
         self.body = nn.Sequential(layer(3, c, 2), layer(c, 2*c, 2), layer(2*c, 4*c, 2), layer(4*c, 4*c, 1))
@@ -314,7 +320,7 @@ class SpatialTrainer:
         fuse:bool=False,         # compile them before: up to two minutes more to start, then fewer passes over memory
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
-        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.1, feature=.06, critic=.2, change=1.)
+        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.1, feature=.06, critic=.2, change=1.)   # that of the critic is the share of `pull`
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)
@@ -682,7 +688,7 @@ def codec_trainer(
     start=None,           # folder of a codec to start from, of images or of video; stages 2 and 3 need one, stage 1 takes its image part
     cfg=None,             # `CodecConfig`; None takes that of `start`, or the preset 'tiny'
     probe=None,           # probe A; None loads the bundled one
-    lr:float|None=None,   # peak learning rate; None: 4e-4, 4e-4, 1e-4
+    lr:float|None=None,   # peak learning rate; None: 4e-4, 4e-4, 4e-5
     device='cpu',         # where to train
     seed:int=0,           # of the weights and the noise
     parts:str|None=None,  # what moves, see `ClipTrainer`; None: 'time' in stage 2, 'all' in stage 3
@@ -691,7 +697,7 @@ def codec_trainer(
     "The trainer of a stage."
     if stage not in (1, 2, 3): raise ValueError(f"stage is {stage}; accepted: 1 (pictures), 2 (layers over time), 3 (everything, on clips).")
     if stage > 1 and not start: raise ValueError(f"Stage {stage} continues a codec; give the folder that stage {stage-1} has written.")
-    lr = lr or (4e-4, 4e-4, 1e-4)[stage-1]
+    lr = lr or (4e-4, 4e-4, 4e-5)[stage-1]
     torch.manual_seed(seed); seed = seed + rank()                             # equal weights, different noise
     model = load_dcae(start, cfg, VideoDCAE) if start else near_identity(DCAE(cfg or preset('tiny').codec))
     if stage == 1 and start: model = image_part(model)

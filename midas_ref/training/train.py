@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'FACE', 'TURN', 'READINGS', 'EYES', 'Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'readings',
            'Pool', 'check_scenes', 'draw_pool', 'change_weight', 'Recipe', 'inner_matrices', 'make_optimisers',
-           'lead_astray', 'own_frames', 'generate', 'without_eyes', 'eager', 'JointTrainer', 'pack_stock',
+           'own_frames', 'lead_astray', 'generate', 'without_eyes', 'eager', 'Past', 'JointTrainer', 'pack_stock',
            'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model',
            'new_midas']
 
@@ -121,7 +121,7 @@ READINGS = len(FACE) + len(TURN)
 def readings(
     motion:Tensor,   # channels of `MOTION`, (..., t, m)
 )->Tensor:           # (..., t, r)
-    "What the reader has to tell of each frame: mouth and mood, and ten times the turn of the head since the frame before (none in the first)."
+    "Targets of the reader (below): mouth and mood, and ten times the turn of the head since the frame before, so that it weighs like the rest (0 in the first frame of a scene)."
     return torch.cat([motion[..., FACE], 10*motion[..., TURN].diff(dim=-2, prepend=motion[..., :1, TURN])], -1)
 
 @dataclass
@@ -181,7 +181,7 @@ def draw_pool(
     together:int|None=None,    # scenes drawn at once; None: 4, on a GPU 16
     say=None,              # called with a line now and then
 )->Pool:
-    "Play every scene with somebody of the crowd and encode it."
+    "Play the scenes with somebody of the crowd each, and encode them; in whole groups of `together`, what is left over is left out."
     dev, codec, start, gpu = people.device, midas.codec, time.time(), str(people.device).startswith('cuda')
     check_scenes(scenes, midas)
     t = scenes.motion.shape[1]
@@ -234,12 +234,12 @@ class Recipe:
     own_from:float = .75      # progress at which that part begins
     own_depth:int = 1         # steps deep that they go, in the end
     rollout:float = 0.        # share of steps on a past that the model has drawn live, in the last part
-    renew:int = 25            # steps after which such a sequence is drawn
+    renew:int = 25            # steps between two draws of such a batch
     reader:tuple = (.3, .05)  # weight of the reader of the face, at the start and at the end
-    short:float = .3          # share of steps with shorter chunks, in the last part
+    short:float = .3          # share of steps with shorter chunks, from `Plan.short_from` on
     accumulate:int = 1        # batches of a step
     muon:float = 0.           # learning rate of the matrices inside layers under Muon, in multiples of lr; 0: AdamW for all
-    seed:int = 0              # of everything random
+    seed:int = 0              # of everything random but the noise of live sequences
 
 # %% ../../nbs/training/50_train.ipynb #2786bf76
 def inner_matrices(
@@ -264,20 +264,6 @@ def make_optimisers(
 
 # %% ../../nbs/training/50_train.ipynb #8ab7db1e
 @torch.no_grad()
-def lead_astray(
-    latents:Tensor,    # (b, t, c, h, w)
-    share:float,       # of the sequences
-    generator,         # on their device
-    noise:float=.5,    # most deviation of a random error
-    others:float=1.,   # most of the way to the looks of the next row, in every other place
-)->Tensor:             # the same shape
-    "Add to some sequences an error that is the same in all frames: random, and here and there towards somebody else."
-    rand, looks = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents), latents.mean(1, keepdim=True)
-    where = rand(torch.rand, 1, 1, *latents.shape[3:]) < .5                                # hair may turn into somebody else's, and the wall stay
-    error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*(looks.roll(1, 0) - looks)
-    return latents + (rand(torch.rand, 1, 1, 1, 1) < share)*error
-
-@torch.no_grad()
 def own_frames(
     model,             # a `Midas`
     latents:Tensor,    # what is looked back on, (b, t, c, h, w)
@@ -296,6 +282,22 @@ def own_frames(
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
+# %% ../../nbs/training/50_train.ipynb #81ffc2fb
+@torch.no_grad()
+def lead_astray(
+    latents:Tensor,    # (b, t, c, h, w)
+    share:float,       # of the sequences
+    generator,         # on their device
+    noise:float=.5,    # largest deviation of the random error; each sequence draws its own, from 0 on
+    others:float=1.,   # most of the way to the mean looks of the row before, in a random half of the places
+)->Tensor:             # the same shape
+    "Add to some sequences an error that is the same in all frames: random, and here and there towards somebody else."
+    rand, looks = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents), latents.mean(1, keepdim=True)
+    where = rand(torch.rand, 1, 1, *latents.shape[3:]) < .5                                # hair may turn into somebody else's, and the wall stay
+    error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*(looks.roll(1, 0) - looks)
+    return latents + (rand(torch.rand, 1, 1, 1, 1) < share)*error
+
+
 # %% ../../nbs/training/50_train.ipynb #88c328bd
 @torch.no_grad()
 def generate(
@@ -306,26 +308,57 @@ def generate(
     level:int=0,          # noise level of the past
     seed:int=0,           # of the first row
 )->Tensor:                # (b, t, c, h, w)
-    "Let the model draw a sequence by itself, as a session would."
+    "Let the model draw a sequence by itself, chunk by chunk as a session would; by default without noise on what it remembers."
     state = model.init_state(len(reference), seed)
     return torch.stack([x for s in by_chunk(signals, chunks) for x in model.chunk(s, reference, state, level)], 1)
 
 EYES = .33, .36, .67, .5   # left, top, right, bottom of where eyes are, over width and height
 
 def without_eyes(
-    h:int,        # of a latent
-    w:int,        # of a latent
-)->Tensor:        # (h*w, 1): 0 where eyes are, 1 elsewhere
-    "Places whose future does not hang on when somebody blinks or looks aside."
+    h:int,        # rows of a latent
+    w:int,        # columns of a latent
+)->Tensor:        # (h*w, 1)
+    "1 where the future does not depend on blinks and glances, 0 over the eyes."
     row, col = torch.arange(h)[:, None], torch.arange(w)
     hit = (row + 1 > EYES[1]*h) & (row < EYES[3]*h) & (col + 1 > EYES[0]*w) & (col < EYES[2]*w)
     return (~hit).float().reshape(-1, 1)
 
-def eager(): return torch.compiler.set_stance('force_eager')   # a context in which compiled layers run as they are written: for lengths too rare to be worth compiling
+def eager():
+    "A context in which compiled layers run as they are written: for lengths too rare to be worth compiling."
+    return torch.compiler.set_stance('force_eager')
+
+
+# %% ../../nbs/training/50_train.ipynb #6acf679a
+class Past:
+    "What a trainer lets its model look back on."
+    def context(self,
+        latents:Tensor,     # the truth, (b, t, c, h, w)
+        reference:Tensor,   # (b, c, h, w)
+        signals:dict,       # of all chunks
+        passes:int,         # how often own frames are drawn, each time from what the last pass left; 0: none
+    )->Tensor:              # (b, t, c, h, w)
+        "What the model looks back on: the truth, its own frames, both perhaps with one error all along, or nothing."
+        coin, x = lambda *s: torch.rand(*s, generator=self.g, device=self.device), latents
+        for _ in range(passes):                                                                                     # own frames, then such as follow from own frames, ...
+            x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, own_frames(self.model, x, reference, signals, self.g, 2).to(x), latents)
+        x = lead_astray(x, self.r.astray, self.g) if self.r.astray else x
+        blind = coin(len(x), 1, 1, 1, 1) < self.r.blind
+        return torch.where(blind, torch.randn(x.shape, generator=self.g, device=self.device).to(x), x)
+
+    def live(self,
+        batch:tuple,        # of `Pool.batch`, whole chunks
+    )->tuple:               # the batch; what the model draws in its place, (b, t, c, h, w), half precision
+        "A sequence as in a session."
+        latents, reference, signals, _ = batch
+        was, level = self.model.training, int(torch.randint(4, 13, (), generator=self.cpu))
+        self.model.eval()
+        with eager(): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
+        self.model.train(was)
+        return batch, own.half()
 
 
 # %% ../../nbs/training/50_train.ipynb #e9728067
-class JointTrainer:
+class JointTrainer(Past):
     "Trains a `Midas` on a pool."
     def __init__(self,
         midas:Midas,             # on its device
@@ -347,31 +380,21 @@ class JointTrainer:
         for m in (*midas.backbone.qwen.layers, *midas.head.blocks) if fast else (): m.compile()                    # one at a time: a compiled layer serves all of its kind
         midas.backbone.blocks = fast and self.device.type == 'cuda'
 
-    def context(self,
-        latents:Tensor,     # the truth, (b, t, c, h, w)
-        reference:Tensor,   # (b, c, h, w)
-        signals:dict,       # of all chunks
-        passes:int,         # how often own frames are drawn, each time from what the last pass left; 0: none
-    )->Tensor:              # (b, t, c, h, w)
-        "What the model looks back on: the truth, its own frames, both perhaps with one error all along, or nothing."
-        coin, x = lambda *s: torch.rand(*s, generator=self.g, device=self.device), latents
-        for _ in range(passes):                                                                                     # own frames, then such as follow from own frames, ...
-            x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, own_frames(self.model, x, reference, signals, self.g, 2).to(x), latents)
-        x = lead_astray(x, self.r.astray, self.g) if self.r.astray else x
-        blind = coin(len(x), 1, 1, 1, 1) < self.r.blind
-        return torch.where(blind, torch.randn(x.shape, generator=self.g, device=self.device).to(x), x)
-
-    def loss(self, batch:tuple, progress:float, frames:int|None=None)->tuple:
-        "Loss of a batch of `Pool.batch` at a progress of 0 to 1, and its parts; frames: of its chunks, if others than the model's."
+    def loss(self,
+        batch:tuple,           # of `Pool.batch`
+        progress:float,        # where in the run, 0 to 1
+        frames:int|None=None,  # of its chunks, if others than the model's
+    )->tuple:                  # loss, and its parts
+        "What the optimiser lowers."
         model = self.lengths[frames or self.model.cfg.frames_per_chunk]
         r, high = self.r, self.r.high*max(0., 1 - 3*progress)
-        late = r.own and progress > r.own_from and model is self.model
+        late = progress > r.own_from and model is self.model
         seen, weight = None, self.weight
         if late and r.rollout and self.stock and torch.rand((), generator=self.cpu) < r.rollout:
             batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
             weight = self.weight*self.calm
         latents, reference, signals, face = batch
-        passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late else 0
+        passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late and r.own else 0
         with torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda'):
             seen = self.context(latents, reference, signals, passes) if seen is None else seen.to(latents)
             with nullcontext() if model is self.model else eager(): out = model(latents, reference, signals, weight, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
@@ -379,19 +402,14 @@ class JointTrainer:
         known = torch.isfinite(face)
         read = ((heard - torch.where(known, face, 0.)).square()*known).sum()/known.sum().clamp(min=1)
         a, b = self.r.reader
-        return out['loss'] + (a + (b-a)*progress)*read/.03, dict(flow=out['loss'].detach(), reader=read.detach())
+        total = out['loss'] + (a + (b-a)*progress)*read/.03                            # .03: mean square of a reading, so that knowing nothing costs about 1
+        return total, dict(flow=out['loss'].detach(), reader=read.detach())
 
-    def live(self, batch:tuple)->tuple:
-        "A batch and what the model draws in its place, as in a session: (b, t, c, h, w), half precision."
-        latents, reference, signals, _ = batch
-        was, level = self.model.training, int(torch.randint(4, 13, (), generator=self.cpu))
-        self.model.eval()
-        with eager(): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
-        self.model.train(was)
-        return batch, own.half()
-
-    def update(self, draw, progress:float)->dict:
-        "One step of the optimiser and of the average; `draw()` gives (batch, frames of a chunk or None)."
+    def update(self,
+        draw,             # function without arguments: (batch, frames of its chunks or None)
+        progress:float,   # where in the run, 0 to 1
+    )->dict:              # parts of the loss, as tensors
+        "One step of the optimiser and of the average."
         r, total = self.r, {}
         rate = r.lr*min(1, (self.step+1)/r.warm)*(r.final + (1-r.final)*(.5 + .5*math.cos(math.pi*progress)))
         for opt in self.opts:
@@ -406,14 +424,13 @@ class JointTrainer:
         mean_over_ranks(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, r.clip)
         for opt in self.opts: opt.step()
-        self.step += 1
-        now = self.model.trained_state()
+        self.step, now = self.step + 1, self.model.trained_state()
         torch._foreach_lerp_(list(self.ema.values()), [now[k].float() for k in self.ema], 1 - min(r.keep, self.step/(self.step+9)))
         return total | dict(norm=norm)
 
 # %% ../../nbs/training/50_train.ipynb #da023a29
 def pack_stock(
-    stock:list,   # of a trainer
+    stock:list,   # pairs: batch of `Pool.batch`, own frames (b, t, c, h, w)
 )->dict:          # name -> tensor
     "Sequences drawn live, as a file can hold them."
     flat = lambda b, own: dict(latents=b[0], reference=b[1], audio=b[2]['audio'], velocity=b[2]['pose'].velocity, known=b[2]['pose'].known, text=b[2]['text'], face=b[3], own=own)
@@ -422,7 +439,7 @@ def pack_stock(
 def unpack_stock(
     flat:dict,    # of `pack_stock`
     device,       # where to
-)->list:
+)->list:          # as `JointTrainer.stock`
     "Give them back."
     n = 1 + max((int(k.split('.')[0]) for k in flat), default=-1)
     rows = [{k.split('.')[1]: v.to(device) for k, v in flat.items() if k.startswith(f'{i}.')} for i in range(n)]
