@@ -299,6 +299,10 @@ def test_encoding_goes_on(encoded, whole_midas):
     assert (out/'latents-000001.safetensors').read_bytes() == was and (out/'latents-000000.safetensors').stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match='frames was 12 and is now 6'): S.begin_encoding(out, note | dict(frames=6), whole_midas.audio.codebook.weight)
     with pytest.raises(ValueError, match='latent'): S.Latents(out, preset('tiny'), 1)
+    note = json.loads((out/'encoded.json').read_text())
+    (out/'encoded.json').write_text(json.dumps({k: v for k, v in note.items() if k != 'readings'}))       # encoded before readings told how a head turns
+    with pytest.raises(ValueError, match='readings None where the model has'): S.Latents(out, small(), 1)
+    (out/'encoded.json').write_text(json.dumps(note))
     with pytest.raises(ValueError, match='fewer chunks'): S.Latents(out, small(), 3)
 
 @pytest.fixture(scope='module')

@@ -233,8 +233,8 @@ class Latents:
         if lacks: raise FileNotFoundError(f"{folder} lacks {len(lacks)} of {len(names)} shards, the first of them {lacks[0]}; run the same midas-ref data encode again to finish.")
         self.rows = [(n, i) for n, count in self.shards() for i in range(count)]
         self.codec_hash, self.audio_hash, self.codes = self.note['codec_hash'], self.note['audio_hash'], read_safetensors(self.folder/'codes.safetensors')['codes']
-        wants = dict(fps=cfg.video.fps, latent=[cfg.codec.latent_channels, *cfg.video.latent], audio=cfg.audio.width, text=cfg.text.model)
-        odd = [f"{k} {self.note[k]} where the model has {v}" for k, v in wants.items() if self.note[k] != v]
+        wants = dict(fps=cfg.video.fps, latent=[cfg.codec.latent_channels, *cfg.video.latent], audio=cfg.audio.width, text=cfg.text.model, readings=READINGS)
+        odd = [f"{k} {self.note.get(k)} where the model has {v}" for k, v in wants.items() if self.note.get(k) != v]
         if odd: raise ValueError(f"{folder} was encoded with {'; '.join(odd)}.")
         has, want = self.note['frames'], chunks*cfg.frames_per_chunk
         if want > has: raise ValueError(f"A sequence of {chunks} chunks has {want} frames, but the clips of {folder} have {has}; ask for fewer chunks.")
@@ -905,7 +905,7 @@ def encoding_note(
     from midas_ref.training.train import tokenizer_hash
     c = midas.cfg
     words = {} if c.text.model == 'bytes' else dict(captions=getattr(midas, 'reader', None))                 # which T5 read them, if any
-    return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, codec_hash=midas.codec.fingerprint(decoder=False), audio_hash=tokenizer_hash(midas.audio), **words)
+    return dict(shards=shards, frames=frames, fps=c.video.fps, latent=[c.codec.latent_channels, *c.video.latent], audio=c.audio.width, text=c.text.model, readings=READINGS, codec_hash=midas.codec.fingerprint(decoder=False), audio_hash=tokenizer_hash(midas.audio), **words)
 
 def begin_encoding(
     out,          # folder

@@ -347,14 +347,14 @@ class Past:
 
     def live(self,
         batch:tuple,        # of `Pool.batch`, whole chunks
-    )->tuple:               # the batch; what the model draws in its place, (b, t, c, h, w), half precision
-        "A sequence as in a session."
+    )->Tensor:              # (b, t, c, h, w), half precision
+        "What the model draws in place of a batch, as in a session."
         latents, reference, signals, _ = batch
         was, level = self.model.training, int(torch.randint(4, 13, (), generator=self.cpu))
         self.model.eval()
         with eager(): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
         self.model.train(was)
-        return batch, own.half()
+        return own.half()
 
 
 # %% ../../nbs/training/50_train.ipynb #e9728067
@@ -417,7 +417,7 @@ class JointTrainer(Past):
             for group in opt.param_groups: group['lr'] = rate*group.get('scale', 1)
         for k in range(r.accumulate):
             batch, frames = draw()
-            if r.rollout and progress > r.own_from and k == 0 and self.step % r.renew == 0 and frames in (None, self.model.cfg.frames_per_chunk): self.stock = [*self.stock[-1:], self.live(batch)]
+            if r.rollout and progress > r.own_from and k == 0 and self.step % r.renew == 0 and frames in (None, self.model.cfg.frames_per_chunk): self.stock = [*self.stock[-1:], (batch, self.live(batch))]
             loss, parts = self.loss(batch, progress, frames)
             (loss/r.accumulate).backward()
             total = {k: total.get(k, 0) + v/r.accumulate for k, v in parts.items()}
