@@ -850,6 +850,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'midas_ref.data.probes.load_probe': ('data/probes.html#load_probe', 'midas_ref/data/probes.py'),
                                        'midas_ref.data.probes.mouth_pool': ('data/probes.html#mouth_pool', 'midas_ref/data/probes.py'),
                                        'midas_ref.data.probes.new_probe': ('data/probes.html#new_probe', 'midas_ref/data/probes.py'),
+                                       'midas_ref.data.probes.person': ('data/probes.html#person', 'midas_ref/data/probes.py'),
                                        'midas_ref.data.probes.probe_loss': ('data/probes.html#probe_loss', 'midas_ref/data/probes.py'),
                                        'midas_ref.data.probes.random_motion': ( 'data/probes.html#random_motion',
                                                                                 'midas_ref/data/probes.py'),

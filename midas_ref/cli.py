@@ -172,6 +172,8 @@ def train_probe(a):
     option('--frames', type=number(int, 2, 256), default=8, help='frames of a clip in stages 2 and 3 (default 8; 16 in the last stretch)'),
     option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
     option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
+    option('--freckled', type=number(float, 0, 1), default=0., metavar='SHARE', help='share of light-skinned people who are given freckles (default 0)'),
+    option('--texture', type=number(float, 0, 10), default=None, help='weight of the error of texture (default .1)'), option('--share', type=number(float, 0, 1), default=None, help='say of the adversary, in lengths of the gradient of the other errors (default .2)'),
     option('--reuse', type=number(int, 1, 64), default=None, help='times that each drawn picture is shown (default 3 on a GPU, which learns faster than it draws, and 1 on a processor)'),
     option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
     option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
@@ -184,6 +186,7 @@ def train_codec(a):
     if a.late is not None and a.stage != 1: raise ValueError(f"--late belongs to stage 1; --stage is {a.stage}.")
     gpu, late = device != 'cpu', {} if a.late is None else dict(late=a.late)
     trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=gpu, fuse=gpu and a.stage == 1, muon=a.muon, parts='decoder' if a.decoder_only else None, **late)
+    trainer.w |= {k: v for k, v in dict(texture=a.texture, critic=a.share).items() if v is not None}
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
     T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
 
@@ -199,7 +202,7 @@ def _codec_data(a, device):
         return T.RealClips(Shards(a.data), (batch, frames), device)
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.data.probes import People, mouth_pool
-    people = People(a.people, mouth_pool(300), a.first + T.rank()*(TEST_IDENTITIES//T.world()), device, seed=T.rank(), workers=a.workers, bake_on=a.bake_on)   # every process has people of its own; the renderer stays as it is: what is shown three times need not be drawn in a hurry
+    people = People(a.people, mouth_pool(300), a.first + T.rank()*(TEST_IDENTITIES//T.world()), device, seed=T.rank(), workers=a.workers, bake_on=a.bake_on, freckled=a.freckled)   # every process has people of its own; the renderer stays as it is: what is shown three times need not be drawn in a hurry
     if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames), ahead=8 if gpu else 1, reuse=reuse)
     n = min(16, a.people, batch)
     return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if gpu else 1, reuse=reuse)

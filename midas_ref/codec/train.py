@@ -300,9 +300,10 @@ def record(
     pictures = lambda v: v.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     with torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
         with torch.no_grad(): z = trainer.encode(x); y = pictures(trainer.decode(z))
-        inputs = (x,), (z.requires_grad_(),), (y.requires_grad_(), pictures(x), masks.flatten(0, -4))
-        parts = tuple(Compiled(p) if trainer.fuse else p for p in (trainer.encode, trainer.decode, trainer.errors))
-        trainer.encode, trainer.decode, trainer.errors = torch.cuda.make_graphed_callables(parts, inputs)
+        inputs = {'encode': (x,), 'decode': (z.requires_grad_(trainer.encoding),), 'errors': (y.requires_grad_(), pictures(x), masks.flatten(0, -4))}
+        if not trainer.encoding: del inputs['encode']                         # nothing is learnt there: it stays as it is
+        parts = tuple(Compiled(getattr(trainer, k)) if trainer.fuse else getattr(trainer, k) for k in inputs)
+        for k, part in zip(inputs, torch.cuda.make_graphed_callables(parts, tuple(inputs.values()))): setattr(trainer, k, part)
     trainer.record = False
 
 # %% ../../nbs/codec/24_train.ipynb #0d45d9c9
@@ -328,13 +329,14 @@ class SpatialTrainer:
         self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99), fused=self.device.type == 'cuda')
         self.g = torch.Generator(self.device).manual_seed(seed)
         self.encode, self.decode, self.record = model.encoder, model.decoder, fast
+        self.encoding = any(p.requires_grad for p in model.encoder.parameters())
         self.settled = True                                                   # False: the weights come from a trained codec, see `settle_norms`
 
     def half(self): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda')
 
     def through(self, x:Tensor)->Tensor:
         "Encode, disturb the latents, decode."
-        z = self.encode(x)
+        with torch.set_grad_enabled(self.encoding): z = self.encode(x)
         noise = torch.randn(z.shape, generator=self.g, device=z.device)
         share = self.z_noise*torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device).square()      # a third of all pictures have a tenth of the most noise, or less
         channel = z.ndim - 3
@@ -466,7 +468,7 @@ def settle_norms(
     batches,           # pictures or clips in [-1, 1], a few hundred pictures in all
 )->dict:               # for each batch norm, how many times the remembered deviation the true one is (median of its channels)
     "Bring what batch norms remember up to date, and let their weights and biases make up for it."
-    norms, seen, was = {n: m for n, m in codec.named_modules() if isinstance(m, nn.BatchNorm2d)}, {}, codec.training
+    norms, seen, was = {n: m for n, m in codec.named_modules() if isinstance(m, nn.BatchNorm2d) and m.weight.requires_grad}, {}, codec.training     # what is frozen stays
     def see(m, args):
         x = rearrange(args[0].double(), 'n c h w -> c (n h w)')
         seen[m] = [a + b for a, b in zip(seen.get(m, (0, 0, 0)), (x.shape[1], x.sum(1), x.square().sum(1)))]

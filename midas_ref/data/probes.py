@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['READ', 'MOOD_NAMES', 'SPREAD', 'PROBES', 'WEIGHTS', 'mouth_pool', 'random_motion', 'spoil', 'Residual', 'ProbeA',
-           'heads', 'Norm', 'Mixer', 'ProbeB', 'new_probe', 'People', 'probe_loss', 'train_probe', 'save_probe',
-           'load_probe', 'judge', 'identity_distance', 'grade']
+           'heads', 'Norm', 'Mixer', 'ProbeB', 'new_probe', 'person', 'People', 'probe_loss', 'train_probe',
+           'save_probe', 'load_probe', 'judge', 'identity_distance', 'grade']
 
 # %% ../../nbs/data/14_probes.ipynb #fe02fdee
 import importlib.util, json, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -147,11 +148,19 @@ def new_probe(
     with torch.random.fork_rng(): torch.manual_seed(dict(a=1, b=2)[name]); return PROBES[name]()
 
 # %% ../../nbs/data/14_probes.ipynb #eb339a37
-def _bake_ahead(queue, first, step, device, views):
+def person(
+    seed:int,            # of the identity
+    freckled:float=0.,   # share of light-skinned people who are given freckles, which few are born with
+)->Identity:
+    "Somebody to learn from."
+    who, rng = Identity.random(seed), np.random.default_rng([seed, 14])
+    return replace(who, freckles=rng.uniform(.5, 1)) if who.skin < .45 and rng.random() < freckled else who
+
+def _bake_ahead(queue, first, step, device, views, freckled):
     "A process that bakes people `first`, `first + step`, … and waits when the queue is full."
     torch.set_num_threads(1)
     while True:
-        queue.put((first, bake([Identity.random(first)], 256, device, views, dtype=torch.float16)))
+        queue.put((first, bake([person(first, freckled)], 256, device, views, dtype=torch.float16)))
         first += step
 
 class People:
@@ -166,8 +175,9 @@ class People:
         workers:int=0,      # processes that bake ahead (a script then needs `if __name__ == '__main__'`); 0 bakes when asked
         fast:bool=False,    # compile the renderer (GPU)
         bake_on=None,       # where workers bake; None: on `device`. 'cpu' leaves the GPU to the training, but wants a dozen workers
+        freckled:float=0.,  # see `person`
     ):
-        self.pool, self.device, self.views = pool.to(device), device, views
+        self.pool, self.device, self.views, self.freckled = pool.to(device), device, views, freckled
         self.g, self.next, self.turn = torch.Generator(device).manual_seed(seed), first, 0
         self.pose, self.queues = compiled_pose() if fast else pose, []
         here = str(device) != 'cpu'                                     # the first crowd need not wait for the workers
@@ -180,12 +190,12 @@ class People:
         "Start processes that bake person `first` and all who follow."
         ctx = torch.multiprocessing.get_context('spawn')
         self.queues = [ctx.Queue(4) for _ in range(workers)]
-        for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views), daemon=True).start()
+        for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views, self.freckled), daemon=True).start()
 
     def take(self):
         "The next person, from the workers or baked here: identity seed and layers."
         i, self.next = self.next, self.next + 1
-        if not self.queues: return i, bake([Identity.random(i)], 256, self.device, self.views, dtype=torch.float16)
+        if not self.queues: return i, bake([person(i, self.freckled)], 256, self.device, self.views, dtype=torch.float16)
         seed, layers = self.queues[self.turn % len(self.queues)].get(); self.turn += 1
         return seed, layers.map(lambda v: v.to(self.device, copy=True))
 
