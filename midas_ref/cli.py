@@ -173,7 +173,7 @@ def train_probe(a):
     option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
     option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
     option('--freckled', type=number(float, 0, 1), default=0., metavar='SHARE', help='share of light-skinned people who are given freckles (default 0)'),
-    option('--texture', type=number(float, 0, 10), default=None, help='weight of the error of texture (default .1)'), option('--share', type=number(float, 0, 1), default=None, help='say of the adversary, in lengths of the gradient of the other errors (default .2)'),
+    option('--weight', metavar='NAME=VALUE', action='append', default=[], help='weight of an error: pixel, edge, structure, texture, detail, feature, change; or critic, the say of the adversary in lengths of the gradient of all others; may be repeated'),
     option('--reuse', type=number(int, 1, 64), default=None, help='times that each drawn picture is shown (default 3 on a GPU, which learns faster than it draws, and 1 on a processor)'),
     option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
     option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
@@ -186,7 +186,11 @@ def train_codec(a):
     if a.late is not None and a.stage != 1: raise ValueError(f"--late belongs to stage 1; --stage is {a.stage}.")
     gpu, late = device != 'cpu', {} if a.late is None else dict(late=a.late)
     trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=gpu, fuse=gpu and a.stage == 1, muon=a.muon, parts='decoder' if a.decoder_only else None, **late)
-    trainer.w |= {k: v for k, v in dict(texture=a.texture, critic=a.share).items() if v is not None}
+    for given in a.weight:
+        name, _, value = given.partition('=')
+        if name not in trainer.w: raise ValueError(f"--weight {given}: accepted: one of {', '.join(trainer.w)}, then = and a number.")
+        try: trainer.w[name] = number(float, 0)(value)
+        except argparse.ArgumentTypeError as e: raise ValueError(f"--weight {name}: {e}") from None
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
     T.train_codec(trainer, _codec_data(a, device), a.minutes, out, a.begin, a.end)
 

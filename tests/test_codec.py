@@ -507,6 +507,42 @@ def test_a_decoder_may_learn_alone(tmp_path):
     assert after.fingerprint(decoder=False) == codec.fingerprint(decoder=False) and after.fingerprint() != codec.fingerprint()
     with pytest.raises(ValueError, match="accepted: 'all', 'time' or 'decoder'"): codec_trainer(3, tmp_path/'start', parts='encoder')
 
+def test_squares_prefer_a_guess():
+    "A spot at one of four places: absolute errors are lowest without it, the error of detail with a quarter of it at all four."
+    from midas_ref.codec.train import detail_error
+    spot = torch.zeros(1, 1, 64, 64); spot[..., 30:32, 20:22] = -.4
+    places = [spot.roll(k, -1) for k in (0, 4, 8, 12)]
+    guess, none = sum(places)/4, torch.zeros_like(spot)
+    mean = lambda error, p: sum(error(p, t) for t in places).item()/4
+    assert mean(lambda p, t: (p - t).abs().mean(), none) < mean(lambda p, t: (p - t).abs().mean(), guess)
+    assert mean(detail_error, none) > mean(detail_error, guess) > 0 and detail_error(spot, spot) == 0
+    assert detail_error(spot + .3, spot) < 1e-6                                # brightness is no detail
+
+def test_norms_that_are_not_trained_stay():
+    from midas_ref.codec.train import settle_norms
+    codec = image(replace(LIGHT, decoder_norm='batch')); x = torch.rand(4, 3, 128, 128)*2 - 1
+    codec.decoder.stages.requires_grad_(False)
+    frozen = {k: v.clone() for k, v in codec.decoder.stages.state_dict().items()}
+    settle_norms(codec, [x])
+    assert all(torch.equal(v, frozen[k]) for k, v in codec.decoder.stages.state_dict().items())
+    codec.decoder.stages.requires_grad_(True); settle_norms(codec, [x])
+    assert not all(torch.equal(v, frozen[k]) for k, v in codec.decoder.stages.state_dict().items())
+
+def test_freckles_are_given_to_light_skins_alone():
+    from midas_ref.data.portraits import Identity
+    from midas_ref.data.probes import person
+    born, given = [Identity.random(i) for i in range(300)], [person(i, .5) for i in range(300)]
+    assert [person(i) for i in range(50)] == born[:50] and given == [person(i, .5) for i in range(300)]
+    changed = [a for a, b in zip(given, born) if a != b]; light = sum(b.skin < .45 for b in born)
+    assert .35*light < len(changed) < .65*light and all(a.skin < .45 and .5 <= a.freckles <= 1 for a in changed)
+
+@pytest.mark.parametrize('given, says', [('freckles=1', 'accepted: one of pixel'), ('detail=many', 'a number'), ('detail', 'a number'), ('pixel=-1', 'a number')])
+def test_weights_of_errors_are_checked(given, says, tmp_path, capsys):
+    from midas_ref.cli import main
+    assert main(['train', 'codec', str(tmp_path/'run'), '--weight', given, '--device', 'cpu', '--people', '2']) == 2
+    out = capsys.readouterr().err
+    assert says in out and out.count('\n') == 1
+
 def test_noise_in_training_differs_from_picture_to_picture():
     from midas_ref.codec.train import SpatialTrainer
     from midas_ref.data.probes import new_probe

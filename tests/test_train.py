@@ -11,7 +11,7 @@ from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
-from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, check_scenes, draw_pool, generate, lead_astray, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, generate, lead_astray, load_run, new_midas, own_frames, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -398,7 +398,7 @@ def test_old_scenes_are_refused(scenes, tmp_path):
 
 def test_the_past_can_be_a_stream_of_the_model(pool, tmp_path):
     "Drawn anew on time, told apart from the truth, without the eyes in its loss, and remembered by a checkpoint."
-    r = Recipe(warm=1, lr=3e-3, own=.5, own_from=.5, rollout=1., renew=2, blind=0., astray=0.)
+    r = Recipe(warm=1, lr=3e-3, own=.5, own_from=.5, rollout=1., renew=2, blind=0., astray=0., first=1.)
     new = lambda: (torch.manual_seed(5), JointTrainer(Midas(small()), pool.activity(), r))[1]
     draw = lambda t: lambda: (pool.batch(2, 3, generator=t.g), 6)
     t = new(); t.update(draw(t), .4); assert not t.stock
@@ -416,3 +416,18 @@ def test_the_past_can_be_a_stream_of_the_model(pool, tmp_path):
     save_run(t, tmp_path/'c.safetensors'); losses = [t.update(draw(t), .6)['flow'].item() for _ in range(3)]
     again = new(); load_run(again, tmp_path/'c.safetensors')
     assert [again.update(draw(again), .6)['flow'].item() for _ in range(3)] == losses
+
+def test_beginnings_count_more(pool):
+    "The first chunk has three times the weight of the others, the mean stays, and a plan draws short sequences now and then."
+    w = first_weight(12, 6, 3.).flatten()
+    assert torch.equal(w[:6], torch.full((6,), 1.5)) and torch.equal(w[6:], torch.full((6,), .5))
+    t, seen = fresh(pool), []
+    whole = t.model.forward
+    t.lengths[6].forward = lambda *a, **kw: seen.append(a[3]) or whole(*a, **kw)
+    t.loss(pool.batch(2, 3), .1)
+    assert seen[0].shape[0] == 18 and torch.allclose(seen[0].mean(0), t.weight) and torch.allclose(seen[0][0], 3*seen[0][6])
+    plan, g = Plan((8, 3), (4, 3), starts=.5, brief=1), torch.Generator().manual_seed(0)
+    shapes = [plan.draw(pool, .1, 0., g)[0][0].shape[:2] for _ in range(40)]
+    assert 10 < shapes.count((24, 6)) < 30 and set(shapes) == {(24, 6), (8, 18)}
+    never = Plan((8, 3), (4, 3), starts=0.)
+    assert {never.draw(pool, .1, 0., g)[0][0].shape[:2] for _ in range(10)} == {(8, 18)}

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'FACE', 'TURN', 'READINGS', 'EYES', 'Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'readings',
-           'Pool', 'check_scenes', 'draw_pool', 'change_weight', 'Recipe', 'inner_matrices', 'make_optimisers',
-           'own_frames', 'lead_astray', 'generate', 'without_eyes', 'eager', 'Past', 'JointTrainer', 'pack_stock',
-           'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model',
-           'new_midas']
+           'Pool', 'check_scenes', 'draw_pool', 'change_weight', 'first_weight', 'Recipe', 'inner_matrices',
+           'make_optimisers', 'own_frames', 'lead_astray', 'generate', 'without_eyes', 'eager', 'Past', 'JointTrainer',
+           'pack_stock', 'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip',
+           'train_model', 'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
@@ -215,6 +215,15 @@ def change_weight(
     "Weights of the flow loss."
     return activity.clamp(low, high)
 
+def first_weight(
+    t:int,         # frames of a sequence
+    frames:int,    # of its first chunk
+    first:float,   # weight of that chunk, in weights of the others
+)->Tensor:         # (t, 1, 1), mean 1
+    "Weights of frames: the beginning counts more."
+    w = torch.where(torch.arange(t) < frames, float(first), 1.)
+    return (w/w.mean())[:, None, None]
+
 # %% ../../nbs/training/50_train.ipynb #1e5945e8
 @dataclass
 class Recipe:
@@ -235,6 +244,7 @@ class Recipe:
     own_depth:int = 1         # steps deep that they go, in the end
     rollout:float = 0.        # share of steps on a past that the model has drawn live, in the last part
     renew:int = 25            # steps between two draws of such a batch
+    first:float = 3.          # weight of the first chunk of a sequence, in weights of the others: there words alone say what the portrait does not
     reader:tuple = (.3, .05)  # weight of the reader of the face, at the start and at the end
     short:float = .3          # share of steps with shorter chunks, from `Plan.short_from` on
     accumulate:int = 1        # batches of a step
@@ -394,6 +404,7 @@ class JointTrainer(Past):
             batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
             weight = self.weight*self.calm
         latents, reference, signals, face = batch
+        if r.first != 1: weight = weight*first_weight(latents.shape[1], model.layout.frames, r.first).to(self.device)
         passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late and r.own else 0
         with torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda'):
             seen = self.context(latents, reference, signals, passes) if seen is None else seen.to(latents)
@@ -509,12 +520,15 @@ class Plan:
     late:tuple = (32, 16)    # rows, chunks; longer than the window
     late_from:float = .6     # progress at which the second part begins
     short_from:float = .8    # progress from which some steps have shorter chunks
+    starts:float = .3        # share of steps with short sequences, of `brief` chunks: more beginnings
+    brief:int = 3            # chunks of these
 
     def draw(self, pool:Pool, progress:float, share:float, generator)->tuple:
         "A batch and the frames of its chunks."
         rows, chunks = self.late if progress > self.late_from else self.early
-        frames = 6
-        if progress > self.short_from and float(torch.rand((), generator=generator, device=generator.device)) < share:
+        frames, coin = 6, lambda p: p and float(torch.rand((), generator=generator, device=generator.device)) < p
+        if chunks > self.brief and coin(self.starts): return pool.batch(rows*chunks//self.brief, self.brief, frames, generator), frames
+        if progress > self.short_from and coin(share):
             frames = (1, 2, 3)[int(torch.randint(3, (), generator=generator, device=generator.device))]
         longest = pool.latents.shape[1]//frames
         return pool.batch(max(1, rows*6//(12 if frames < 3 else 6)), min(chunks*6//frames if frames >= 3 else 2*chunks, longest), frames, generator), frames
