@@ -648,6 +648,7 @@ def main(
     argv:list|None=None,  # words after `midas-ref`; None takes those of this process
 )->int:                   # exit status
     "Run one command."
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')   # read when torch is first imported, which no command has done yet
     try:
         try: a = _make_parser().parse_args(argv); status = a._command.run(a) or 0
         except SystemExit as e: status = e.code if isinstance(e.code, int) else 0 if e.code is None else 2     # --help, --version, wrong use

@@ -56,3 +56,12 @@ def test_everything_begins_at_the_same_noise_level():
     assert {inspect.signature(f).parameters['level'].default for f in (Session, bench_stream)} == {MEMORY_LEVEL}
     said = [cli._make_parser().parse_args(a).level for a in (['bench', 'quality'], ['bench', 'stream'], ['animate', 'p.png', 'a.wav', '-o', 'o.mp4'])]
     assert set(said) == {MEMORY_LEVEL}
+
+def test_a_taken_port_is_said_in_one_line():
+    import socket
+    from gradio_app.run import check_place
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(); port = s.getsockname()[1]
+        with pytest.raises(OSError, match=f'port {port} .*--port'): check_place('127.0.0.1', port)
+    check_place('127.0.0.1', port)
+    with pytest.raises(OSError, match='--host'): check_place('nowhere.invalid', 7860)

@@ -45,6 +45,13 @@ def test_every_command_has_help_with_examples(capsys, name):
     assert status == 0 and 'examples:' in out and f'midas-ref {name}' in out.split('examples:')[1] and not err
     for group in {name.split()[0]}: assert run(capsys, group, '--help')[0] == 0
 
+@pytest.mark.parametrize('given, found', [(None, 'passive'), ('active', 'active')])
+def test_threads_wait_asleep_unless_told_otherwise(given, found):
+    "Set before torch is imported, which reads it once."
+    env = {k: v for k, v in os.environ.items() if k != 'OMP_WAIT_POLICY'} | ({'OMP_WAIT_POLICY': given} if given else {})
+    code = "import os, sys; from midas_ref.cli import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-2:] == [found, 'False']
+
 def test_version(capsys): assert run(capsys, '--version')[0] == 0
 
 @pytest.mark.parametrize('line, said', [
