@@ -337,8 +337,7 @@ class SpatialTrainer:
         self.opts = codec_optimisers(model, lr, muon)
         self.copt = torch.optim.AdamW(self.critic.parameters(), 2e-4, betas=(.5, .99), fused=self.device.type == 'cuda')
         self.g = torch.Generator(self.device).manual_seed(seed)
-        self.encode, self.decode, self.record = model.encoder, model.decoder, fast
-        self.encoding = any(p.requires_grad for p in model.encoder.parameters())
+        self.encode, self.decode, self.record, self.encoding = model.encoder, model.decoder, fast, any(p.requires_grad for p in model.encoder.parameters())
         self.settled = True                                                   # False: the weights come from a trained codec, see `settle_norms`
 
     def half(self): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda')

@@ -147,7 +147,7 @@ def new_probe(
     if name not in PROBES: raise ValueError(f"probe is {name!r}; accepted: 'a' or 'b'.")
     with torch.random.fork_rng(): torch.manual_seed(dict(a=1, b=2)[name]); return PROBES[name]()
 
-# %% ../../nbs/data/14_probes.ipynb #eb339a37
+# %% ../../nbs/data/14_probes.ipynb #88309f53
 def person(
     seed:int,            # of the identity
     freckled:float=0.,   # share of light-skinned people who are given freckles, which few are born with
@@ -156,6 +156,7 @@ def person(
     who, rng = Identity.random(seed), np.random.default_rng([seed, 14])
     return replace(who, freckles=rng.uniform(.5, 1)) if who.skin < .45 and rng.random() < freckled else who
 
+# %% ../../nbs/data/14_probes.ipynb #eb339a37
 def _bake_ahead(queue, first, step, device, views, freckled):
     "A process that bakes people `first`, `first + step`, … and waits when the queue is full."
     torch.set_num_threads(1)

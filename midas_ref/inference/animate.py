@@ -35,7 +35,9 @@ def share_cores(
     device,                  # torch device of the model
 ):
     "Two threads that each take all cores would wait for one another; give each half, unless settings.ini says how many."
-    if overlap and torch.device(device).type == 'cpu' and not load_settings().device.threads: torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1)//2)))
+    if not overlap or torch.device(device).type != 'cpu' or load_settings().device.threads: return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1           # those that this process may use, not those of the machine
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores//2)))
 
 def load_model(
     where:str|None=None,     # 'tiny' (bundled), a folder or a hub id; None: as settings.ini says

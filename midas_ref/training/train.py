@@ -398,8 +398,7 @@ class JointTrainer(Past):
         "What the optimiser lowers."
         model = self.lengths[frames or self.model.cfg.frames_per_chunk]
         r, high = self.r, self.r.high*max(0., 1 - 3*progress)
-        late = progress > r.own_from and model is self.model
-        seen, weight = None, self.weight
+        late, seen, weight = progress > r.own_from and model is self.model, None, self.weight
         if late and r.rollout and self.stock and torch.rand((), generator=self.cpu) < r.rollout:
             batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
             weight = self.weight*self.calm
