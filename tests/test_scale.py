@@ -438,3 +438,8 @@ def test_plain_engine_is_adamw():
         a = engine(data.batch(2*k, 2), 0., k)[0]; engine.backward(a); engine.step()
         b = step(data.batch(2*k, 2), 0., k)[0]; opt.zero_grad(); b.backward(); torch.nn.utils.clip_grad_norm_(step.parameters(), tc.clip); opt.step()
         assert abs(a.item() - b.item()) < 1e-4*b.item()
+
+def test_the_paper_weighs_all_chunks_alike():
+    "What the tiny recipe adds is a setting, and off for the preset of the paper."
+    assert S.train_preset('paper').recipe().first == 1 and S.train_preset('tiny').recipe().first == 3
+    with pytest.raises(ValueError, match='TrainConfig.first'): S.TrainConfig(first=.5)

@@ -559,7 +559,7 @@ def train_codec(
     if lead:
         save_checkpoint(trainer, out/'checkpoint.safetensors')
         if n: log.picture('strip', trainer.step, strip(trainer.ema, x))
-        if any(p.requires_grad for p in trainer.model.encoder.parameters()): fit_statistics(trainer.ema, (draw()[0] for _ in range(16)))
+        if trainer.encoding: fit_statistics(trainer.ema, (draw()[0] for _ in range(16)))
         trainer.ema.save(out/'codec', torch.float16)
         log.close()
     agree(1.)                                                                 # nobody goes on before the codec is written

@@ -67,6 +67,7 @@ class TrainConfig:
     astray: float = 0.             # share of sequences whose past has one and the same error all along
     own: float = 0.                # share of own frames in the past, in the last part
     own_from: float = .75          # progress at which that part begins
+    first: float = 1.              # weight of the first chunk of a sequence, in weights of the others
     reader: float = 0.             # weight of the reader of the face at the start; a sixth of it at the end
     workers: int = 2               # processes that read data, for each device
     save_every: int = 1000         # steps between checkpoints
@@ -79,7 +80,7 @@ class TrainConfig:
             v, kind = getattr(self, f.name), type(f.default)
             fits = isinstance(v, (int, float) if kind is float else kind) and isinstance(v, bool) == (kind is bool)
             if not fits: _refuse(f"TrainConfig.{f.name}", v, KINDS[kind])
-        for n in ('rows', 'accumulate', 'chunks', 'steps', 'warm', 'repeats', 'save_every', 'keep', 'log_every'):
+        for n in ('rows', 'accumulate', 'chunks', 'steps', 'warm', 'repeats', 'first', 'save_every', 'keep', 'log_every'):
             if getattr(self, n) < 1: _refuse(f"TrainConfig.{n}", getattr(self, n), '1 or more')
         for n in ('final', 'blind', 'astray', 'own', 'own_from', 'high', 'beta1', 'beta2'):
             if not 0 <= getattr(self, n) <= 1: _refuse(f"TrainConfig.{n}", getattr(self, n), '0 to 1')
@@ -92,7 +93,7 @@ class TrainConfig:
 
     def recipe(self):
         "The same in the words of page 50."
-        same = {n: getattr(self, n) for n in ('lr', 'final', 'warm', 'decay', 'clip', 'repeats', 't_kind', 'high', 'blind', 'astray', 'own', 'own_from', 'accumulate', 'seed')}
+        same = {n: getattr(self, n) for n in ('lr', 'final', 'warm', 'decay', 'clip', 'repeats', 't_kind', 'high', 'blind', 'astray', 'own', 'own_from', 'first', 'accumulate', 'seed')}
         return Recipe(**same, reader=(self.reader, self.reader/6), short=0., keep=0.)
 
 # %% ../../nbs/training/51_deepspeed.ipynb #032fdaed
@@ -100,7 +101,7 @@ def train_preset(
     name:str,   # 'paper' or 'tiny'
 )->TrainConfig:
     "The settings that belong to a preset."
-    if name == 'tiny': return TrainConfig(rows=32, chunks=6, steps=20_000, lr=6e-4, final=.05, warm=300, beta2=.95, high=.5, blind=.1, astray=.5, own=.5, reader=.3, recompute=False)
+    if name == 'tiny': return TrainConfig(rows=32, chunks=6, steps=20_000, lr=6e-4, final=.05, warm=300, beta2=.95, high=.5, blind=.1, astray=.5, own=.5, first=3., reader=.3, recompute=False)
     return TrainConfig()
 
 def with_settings(

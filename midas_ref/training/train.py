@@ -219,9 +219,10 @@ def first_weight(
     t:int,         # frames of a sequence
     frames:int,    # of its first chunk
     first:float,   # weight of that chunk, in weights of the others
+    device='cpu',  # where to
 )->Tensor:         # (t, 1, 1), mean 1
     "Weights of frames: the beginning counts more."
-    w = torch.where(torch.arange(t) < frames, float(first), 1.)
+    w = torch.where(torch.arange(t, device=device) < frames, float(first), 1.)
     return (w/w.mean())[:, None, None]
 
 # %% ../../nbs/training/50_train.ipynb #1e5945e8
@@ -403,7 +404,7 @@ class JointTrainer(Past):
             batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
             weight = self.weight*self.calm
         latents, reference, signals, face = batch
-        if r.first != 1: weight = weight*first_weight(latents.shape[1], model.layout.frames, r.first).to(self.device)
+        if r.first != 1: weight = weight*first_weight(latents.shape[1], model.layout.frames, r.first, self.device)
         passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late and r.own else 0
         with torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda'):
             seen = self.context(latents, reference, signals, passes) if seen is None else seen.to(latents)
