@@ -121,6 +121,7 @@ class AudioConfig:
 class PoseConfig:
     "Joint velocities as tokens."
     tokens_per_frame: int = 10  # pose tokens of a frame
+    moved: bool = False         # they also say how far each keypoint has moved since the portrait
 
     def __post_init__(self): _positive(self, 'tokens_per_frame')
 
@@ -236,6 +237,7 @@ def _tiny():
                           decoder_widths=(16, 32, 64, 128, 128, 128, 256), decoder_depths=(0, 1, 1, 2, 2, 2, 1), attention_from=5, temporal_from=6),
         audio=AudioConfig(mel=80, width=128, layers=4, heads=4, ffn=512, codes=1024, block=4, positions='rotary'),
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
+        pose=PoseConfig(moved=True),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=704, name=''),
         head=HeadConfig(width=256, layers=5, heads=8))
 

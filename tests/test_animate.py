@@ -293,7 +293,21 @@ def test_unknown_velocities_are_told_as_unknown(midas):
     s = Session(midas, np.full((64, 64, 3), 120, np.uint8))
     v = torch.full((3, 12, 2), .2); v[1, 4] = torch.nan
     s.steer(pose=v); pose = s.signals()['pose']
-    assert pose.known.sum() == 35 and not pose.known[0, 1, 4] and torch.isfinite(pose.velocity).all() and pose.velocity[0, 1, 4].abs().sum() == 0
+    assert pose.known.sum() == 23 and not pose.known[0, [0, 1], 4].any() and torch.isfinite(pose.velocity).all() and pose.velocity[0, [0, 1], 4].abs().sum() == 0
+    way = torch.tensor([1, 2, 3, 4.])[:len(v)]*.2/s.midas.cfg.video.fps
+    assert torch.allclose(pose.moved[0, :len(v), 0, 0], way) and pose.moved[0, 0, 4].isfinite().all() and pose.moved[0, 1:, 4].isnan().all()   # lost for good
+
+def test_way_from_the_portrait(midas):
+    "The first row leads from the portrait to the first frame and is no velocity; rows add up over chunks; a new stream begins at the portrait again."
+    s, f = Session(midas, np.full((64, 64, 3), 120, np.uint8)), midas.cfg.frames_per_chunk
+    v = torch.randn(2*f, 12, 2)*.1
+    s.steer(pose=v); a, b = s.signals()['pose'], s.signals()['pose']
+    assert not a.known[0, 0].any() and a.known[0, 1:].all() and b.known.all()
+    assert torch.allclose(torch.cat([a.moved, b.moved], 1)[0], v.cumsum(0)/midas.cfg.video.fps, atol=1e-6)
+    s.signals(); s.steer(pose=v[:f])                                                       # a chunk in which nobody told anything
+    assert s.signals()['pose'].moved.isnan().all()
+    s.restart(); v[0] = torch.nan; s.steer(pose=v[:f]); c = s.signals()['pose']
+    assert (c.moved[0, 0] == 0).all() and torch.allclose(c.moved[0, 1:], v[1:f].cumsum(0)/midas.cfg.video.fps, atol=1e-6)
 
 @pytest.mark.parametrize('extra, n', [((), 1), (('--sessions', 3), 3), (('--sessions', 3, '--batched'), 3), (('--overlap', '--frames', 2), 1)])
 def test_bench_stream(capsys, weights, extra, n):

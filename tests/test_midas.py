@@ -29,7 +29,8 @@ def sequence(cfg, rows, chunks, seed=0):
     rand = lambda *s: torch.randn(*s, generator=g)
     known = torch.rand(rows, t, 12, generator=g) < .9; known[:, 1::5] = False
     text = torch.randint(3, 200, (rows, chunks, 8), generator=g); text[:, 2::3] = 0
-    signals = dict(audio=rand(rows, t, 32), pose=Motion(rand(rows, t, 12, 2), known), text=text)
+    far = torch.where(torch.rand(rows, t, 12, 1, generator=g) < .8, rand(rows, t, 12, 2)/10, torch.nan); far[:, 1::5] = torch.nan
+    signals = dict(audio=rand(rows, t, 32), pose=Motion(rand(rows, t, 12, 2), known, far), text=text)
     return rand(rows, t, 128, 2, 2), rand(rows, 128, 2, 2), signals, draw_ids((rows, t), 20, generator=g), rand(rows, t, 4, 128)
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def test_streaming_far_from_the_start(model):
     assert (a - b).abs().max() < 1e-5*a.abs().max()
 
 CHANGES = dict(frame=lambda s, t: s[0][:, t].add_(1), level=lambda s, t: s[3][:, t].copy_((s[3][:, t] + 7) % 20), noise=lambda s, t: s[4][:, t].add_(1), audio=lambda s, t: s[2]['audio'][:, t].neg_(),
-               pose=lambda s, t: s[2]['pose'].velocity[:, t].add_(1), known=lambda s, t: s[2]['pose'].known[:, t].logical_not_(), text=lambda s, t: s[2]['text'][:, t//6].add_(5))
+               pose=lambda s, t: s[2]['pose'].velocity[:, t].add_(1), known=lambda s, t: s[2]['pose'].known[:, t].logical_not_(), moved=lambda s, t: s[2]['pose'].moved[:, t].nan_to_num_().add_(.1), text=lambda s, t: s[2]['text'][:, t//6].add_(5))
 
 @pytest.mark.parametrize('kind', CHANGES)
 @pytest.mark.parametrize('t', [6, 9, 11])
@@ -92,11 +93,28 @@ def test_what_is_missing_is_a_placeholder(model):
     assert torch.equal(model.embed_conditions({}, (1, 2)), model.embed_conditions(blank, (1, 2)))
     assert not torch.equal(model.embed_conditions({}, (1, 2)), model.embed_conditions(dict(blank, audio=seq[2]['audio'][:, :12]), (1, 2)))
 
+def test_where_the_head_is_may_be_all_that_is_known(model):
+    "A place without a velocity is a signal; a model that was not made for places does not listen."
+    far = torch.full((1, 12, 12, 2), torch.nan); far[:, 6:] = .1
+    p = Motion(torch.zeros(1, 12, 12, 2), torch.zeros(1, 12, 12, dtype=torch.bool), far)
+    with torch.no_grad(): none, told = (model.embed_conditions(s, (1, 2)) for s in ({}, dict(pose=p)))
+    span = model.layout.span('pose')
+    assert torch.equal(none[:, 0], told[:, 0]) and ((none - told)[:, 1, span].abs().amax(-1) > 1e-4).all()
+    deaf = Live(dataclasses.replace(model.cfg, pose=dataclasses.replace(model.cfg.pose, moved=False)))
+    with torch.no_grad(): assert torch.equal(deaf.embed_conditions({}, (1, 2)), deaf.embed_conditions(dict(pose=p), (1, 2)))
+
+def test_weights_of_velocities_alone_are_widened(model):
+    "They say what they said, whatever the places."
+    old = Live(dataclasses.replace(model.cfg, pose=dataclasses.replace(model.cfg.pose, moved=False)))
+    new = Live(model.cfg); new.load_state_dict(old.state_dict())
+    p = sequence(model.cfg, 2, 3)[2]['pose']
+    with torch.no_grad(): assert torch.equal(old.pose(*p), new.pose(*p)) and not torch.equal(model.pose(*p), model.pose(p.velocity, p.known))
+
 def test_rows_are_independent(model):
     "Three streams together, drawn with seeds of their own, equal each of them alone: prefill, head and ring."
     _, reference, signals, *_ = sequence(model.cfg, 3, 4)
     def draw(rows, seeds):
-        mine = dict(audio=signals['audio'][rows], pose=Motion(*(v[rows] for v in signals['pose'])), text=signals['text'][rows])
+        mine = dict(audio=signals['audio'][rows], pose=signals['pose'].map(lambda v: v[rows]), text=signals['text'][rows])
         state = model.init_state(len(rows), seeds)
         return torch.stack([x for s in by_chunk(mine, 4) for x in model.chunk(s, reference[rows], state, level=2)], 1)
     together = draw([0, 1, 2], [11, 5, 7])

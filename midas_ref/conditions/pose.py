@@ -43,8 +43,15 @@ def select(
 # %% ../../nbs/conditions/31_pose.ipynb #0d88122b
 class Motion(NamedTuple):
     "Velocities and whether they are known."
-    velocity:Tensor   # picture heights per second, 0 where unknown, (b, t, k, d)
-    known:Tensor      # bool (b, t, k)
+    velocity:Tensor          # picture heights per second, 0 where unknown, (b, t, k, d)
+    known:Tensor             # bool (b, t, k)
+    moved:Tensor|None=None   # picture heights since the portrait, NaN where unknown, (b, t, k, d)
+
+    def map(self,
+        f,            # of a tensor
+    ):                # `Motion`
+        "The same done to each of them that is there."
+        return Motion(*(None if v is None else f(v) for v in self))
 
 class JointVelocity(nn.Module, Streaming):
     "Positions to velocities; a point is known when it was seen now and in the frame before."
@@ -136,15 +143,17 @@ class PoseEncoder(nn.Module):
         dims:int=2,         # numbers of a point
         tokens:int=10,      # tokens of a frame
         width:int=64,       # numbers of a token
-        limit:float=4.,     # picture heights per second that are believed
+        limit:float=4.,     # picture heights per second that are believed, and tenths of a height
+        moved:bool=False,   # read also how far the points have moved since the portrait
     ):
         super().__init__()
-        self.shape, self.tokens, self.limit = (keypoints, dims), tokens, limit
-        self.net = nn.Sequential(nn.Linear(keypoints*(dims + 1), 4*width), nn.GELU(), nn.Linear(4*width, tokens*width))
+        self.shape, self.tokens, self.limit, self.moved = (keypoints, dims), tokens, limit, moved
+        self.net = nn.Sequential(nn.Linear(keypoints*(dims + 1)*(1 + moved), 4*width), nn.GELU(), nn.Linear(4*width, tokens*width))
 
     def forward(self,
         velocity:Tensor,             # picture heights per second, (b, t, k, d)
         known:Tensor|None=None,      # bool (b, t, k), None: all
+        moved:Tensor|None=None,      # picture heights since the portrait, NaN where unknown, (b, t, k, d); None: unknown
     )->Tensor:                       # (b, t * tokens, width)
         "Each frame by itself, so any chunk length gives the same tokens."
         if velocity.ndim != 4 or velocity.shape[2:] != self.shape:
@@ -153,8 +162,31 @@ class PoseEncoder(nn.Module):
         if known.shape != velocity.shape[:3]: raise ValueError(f"known has shape {tuple(known.shape)}; accepted: {tuple(velocity.shape[:3])}.")
         if not torch.isfinite(velocity).all(): raise ValueError("Some velocities are NaN or infinite; mark them in known and set them to 0 (JointVelocity does both).")
         v = torch.where(known[..., None], velocity, 0.).clamp(-self.limit, self.limit)
-        x = torch.cat([v.flatten(2), known.to(v.dtype)], -1).to(self.net[0].weight.dtype)
-        return rearrange(self.net(x), 'b t (n d) -> b (t n) d', n=self.tokens)
+        x = [v.flatten(2), known.to(v.dtype)]
+        if self.moved:
+            moved = torch.full_like(v, torch.nan) if moved is None else moved
+            if moved.shape != velocity.shape: raise ValueError(f"moved has shape {tuple(moved.shape)}; accepted: {tuple(velocity.shape)}.")
+            near = torch.isfinite(moved).all(-1)
+            x += [torch.where(near[..., None], 10*moved, 0.).clamp(-self.limit, self.limit).flatten(2), near.to(v.dtype)]
+        return rearrange(self.net(torch.cat(x, -1).to(self.net[0].weight.dtype)), 'b t (n d) -> b (t n) d', n=self.tokens)
+
+    def told(self,
+        motion:Motion,   # any
+    )->Tensor:           # bool (b, t)
+        "In which frames there is anything to read."
+        known = motion.known.any(-1)
+        return known | torch.isfinite(motion.moved).all(-1).any(-1) if self.moved and motion.moved is not None else known
+
+    def widened(self,
+        weight:Tensor,   # of the first layer of any `PoseEncoder`
+    )->Tensor:
+        "Weights that have never read `moved` get zeros for it, and say what they said."
+        lacks = self.net[0].in_features - weight.shape[1]
+        return nn.functional.pad(weight, (0, lacks)) if self.moved and lacks == weight.shape[1] else weight
+
+    def _load_from_state_dict(self, state, prefix, *a):
+        if (k := prefix + 'net.0.weight') in state: state[k] = self.widened(state[k])
+        super()._load_from_state_dict(state, prefix, *a)
 
 # %% ../../nbs/conditions/31_pose.ipynb #ca12f7ad
 class Joints(NamedTuple):

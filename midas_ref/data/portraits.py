@@ -11,8 +11,8 @@ __all__ = ['MOTION', 'MOUTH', 'HEAD', 'MOTION_RANGE', 'EXPRESSIONS', 'SKIN', 'HA
            'smin', 'smax', 'ellipsoid', 'capsule', 'pattern', 'noise', 'rgb', 'skin_color', 'face_params', 'skull',
            'head', 'hairline', 'strand_frame', 'hair', 'Volume', 'rotation', 'apply', 'trace', 'view_grid',
            'box_points', 'sample', 'light_rig', 'dot', 'occlusion', 'shadow', 'shade_skin', 'shade_hair', 'volumes',
-           'unit', 'bake_views', 'beard_mask', 'hair_color', 'bake_skin', 'bake_strands', 'torso', 'triangle',
-           'bake_torso', 'bake_background', 'glass_shape', 'bake_glasses', 'Layers', 'camera', 'sheet_size',
+           'unit', 'bake_views', 'beard_mask', 'hair_color', 'freckles', 'bake_skin', 'bake_strands', 'torso',
+           'triangle', 'bake_torso', 'bake_background', 'glass_shape', 'bake_glasses', 'Layers', 'camera', 'sheet_size',
            'face_vectors', 'bake', 'channels', 'face_of', 'eye_lines', 'over', 'draw_eyes', 'lip_shape', 'lip_lines',
            'draw_mouth', 'blend_views', 'clamped', 'flesh', 'head_plane', 'read', 'Shot', 'skin_layer', 'hair_layer',
            'body_layer', 'glasses_layer', 'paint_over', 'develop', 'pose', 'compiled_pose', 'share_parts', 'keypoints',
@@ -680,6 +680,21 @@ def hair_color(
     c = rgb(HAIR_COLORS.get(i.hair_color, i.hair_color))
     return c if i.hair == "headscarf" else lerp(c, rgb("c9c6c2"), 0.85 * i.grey)
 
+def freckles(
+    i: Identity, # whose; one of four kinds, that of the skin
+    x: Tensor, # place in face units, (h, w)
+    y: Tensor, # the same upwards, (h, w)
+    count: int = 90, # of them
+) -> Tensor: # (h, w) in 0..1
+    "Round spots on cheeks and nose, 2 to 5 pixels wide in a picture of 256: about as fine as a 64x codec can keep."
+    g = torch.Generator().manual_seed(PATTERNS * 5 + i.seed % PATTERNS)
+    cx, cy = 0.30 * torch.randn(count, generator=g), -0.21 + 0.13 * torch.randn(count, generator=g)
+    r, dark = 0.014 + 0.020 * torch.rand(count, generator=g) ** 2, 0.5 + 0.5 * torch.rand(count, generator=g)
+    out = torch.zeros_like(x)
+    for a, b, c, d in zip(cx.tolist(), cy.tolist(), r.tolist(), dark.tolist()):
+        out = torch.maximum(out, d * step(1.4, 0.6, ((x - a) ** 2 + (y - b) ** 2).sqrt() / c))
+    return out
+
 def bake_skin(
     i: Identity,
     depth: Tensor, # (h, w) how far the face stands out, in SKIN_BOX
@@ -700,7 +715,7 @@ def bake_skin(
     c = lerp(tone, red, blood)
     c = c * (1 + 0.035 * n(24) + 0.02 * n(80) * (0.6 + 0.5 * old))
     c = c * (1 - (0.14 + 0.16 * old) * disc(f["ex"] - 0.02, -0.155, 0.12, 0.045)) # under the eyes
-    spots = step(0.72, 1.1, n(84)) * (disc(0.22, -0.2, 0.34, 0.20) + 0.35) + 0.35 * old * step(1.05, 1.3, n(36))
+    spots = (freckles(i, x, y) if i.freckles or old > 0.4 else 0) + 0.35 * step(0.72, 1.1, n(84)) + 0.35 * old * step(1.05, 1.3, n(36))
     c = c * (1 - torch.tensor([0.28, 0.42, 0.5], device=dev)[:, None, None] * (max(i.freckles, 0.5 * old - 0.2) * spots).clamp(0, 1))
     fold = 0 * x
     for k in range(3): fold = fold + bump(y - 0.27 - 0.085 * k - 0.03 * torch.cos(5 * x + k) + 0.006 * n(8), 0.013) * step(0.42, 0.2, ax)

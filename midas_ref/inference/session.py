@@ -192,11 +192,15 @@ class Wishes:
     "What a viewer has asked for, as signals for the chunks to come."
     def __init__(self, midas:Midas, level:int):
         self.midas, self.wish, self.words, self.poses, self.level = midas, '', None, deque(), level
-        self.steer(level=level)
+        self.steer(level=level); self.begin()
+
+    def begin(self):
+        "A new stream: the next frame is its first."
+        self.fresh, self.moved = True, torch.zeros(self.midas.pose.shape)
 
     def steer(self,
         text:str|None=None,        # what to show, in words; '' forgets it
-        pose=None,                 # velocities of skull and shoulders in picture heights per second, (t, 12, 2), NaN where unknown; None keeps the queue
+        pose=None,                 # velocities of skull and shoulders in picture heights per second, (t, 12, 2), NaN where unknown; the first row of a stream is the way from the portrait to its first frame (NaN: none); None keeps the queue
         level:int|None=None,       # noise level
         expression:str|None=None,  # a key of `MOODS`, in place of text
     ):
@@ -217,12 +221,16 @@ class Wishes:
 
     def signals(self)->dict:
         "What the next chunk is told besides its sound."
-        f, out, dev = self.midas.layout.frames, {}, self.midas.sigmas.device
-        rows = [self.poses.popleft() for _ in range(min(f, len(self.poses)))]
-        if rows:
-            v = torch.stack(rows + [torch.full_like(rows[0], torch.nan)]*(f - len(rows)))[None].to(dev)
-            known = torch.isfinite(v).all(-1)
-            out['pose'] = Motion(torch.where(known[..., None], v, 0.), known)
+        f, out, dev, rows = self.midas.layout.frames, {}, self.midas.sigmas.device, torch.full((self.midas.layout.frames, *self.midas.pose.shape), torch.nan)
+        told = min(f, len(self.poses))
+        for row in rows[:told]: row.copy_(self.poses.popleft())
+        steps = rows/self.midas.cfg.video.fps
+        if self.fresh and told: steps[0], rows[0] = steps[0].nan_to_num(0.), torch.nan      # the first frame comes from the portrait: a place, no velocity
+        path = self.moved + steps.cumsum(0)                                                 # who goes on untold is lost for good
+        self.moved, self.fresh = path[-1], False
+        if told:
+            known = torch.isfinite(rows).all(-1)
+            out['pose'] = Motion(torch.where(known[..., None], rows, 0.), known, path).map(lambda v: v[None].to(dev))
         if self.words is not None: out['text'] = self.words
         return out
 
@@ -253,6 +261,7 @@ class Session(Wishes):
     def restart(self):
         "Forget all sound and all frames; the portrait and the wishes stay."
         self.buffer, self.given, self.drawn, self.current = np.zeros(0, np.float32), 0, 0, None
+        self.begin()
         if self.streams and self.streams.kept and not any(s.busy for s in self.streams.states()):      # recordings know where these streams lie: keep them
             for s, seed in zip(self.streams.states(), (0, self.seed, 0)): s.reset(0, seed)
         else: self.streams = open_streams(self.midas, 1, self.seed, self.fast)

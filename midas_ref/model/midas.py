@@ -88,7 +88,7 @@ class Parts(nn.Module):
         c, n, d = cfg.codec.latent_channels, cfg.video.tokens, cfg.backbone.width
         self.backbone = backbone or Backbone(cfg.backbone, self.layout, cfg.window_chunks)
         self.tokens = FrameTokens(c, n, d, cfg.noise.levels)
-        self.pose = PoseEncoder(keypoints, tokens=cfg.pose.tokens_per_frame)
+        self.pose = PoseEncoder(keypoints, tokens=cfg.pose.tokens_per_frame, moved=cfg.pose.moved)
         self.text = text_encoder(cfg.text) if cfg.text.model == 'bytes' else None
         self.conditions = midas_conditions(cfg)
         self.head = make_head(cfg.head, d, c, cfg.video.height//64, cfg.video.width//64)
@@ -125,8 +125,8 @@ class Parts(nn.Module):
         feats, present, k = {}, {}, lead[1]
         if (a := signals.get('audio')) is not None: feats['audio'] = rearrange(a, 'b (k n) f -> b k n f', k=k)
         if (p := signals.get('pose')) is not None:
-            feats['pose'] = rearrange(self.pose(p.velocity, p.known), 'b (k n) f -> b k n f', k=k)
-            present['pose'] = rearrange(p.known.any(-1), 'b (k f) -> b k f', k=k).repeat_interleave(self.cfg.pose.tokens_per_frame, -1)
+            feats['pose'] = rearrange(self.pose(*p), 'b (k n) f -> b k n f', k=k)
+            present['pose'] = rearrange(self.pose.told(p), 'b (k f) -> b k f', k=k).repeat_interleave(self.cfg.pose.tokens_per_frame, -1)
         if (t := signals.get('text')) is not None:
             feats['text'] = rearrange(self.text(t.flatten(0, 1)), '(b k) n f -> b k n f', k=k) if t.ndim == 3 else t
             present['text'] = (t > 1).any(-1) if t.ndim == 3 else t.ne(0).flatten(2).any(-1)                       # a caption of no words has no features
@@ -266,8 +266,8 @@ def by_chunk(
 )->list:            # one dictionary for each chunk
     "Cut the signals of a sequence into what a session would bring chunk by chunk."
     cut = lambda x: x.unflatten(1, (chunks, -1)).unbind(1)
-    parts = {k: [Motion(*p) for p in zip(*map(cut, v))] if isinstance(v, Motion) else cut(v) for k, v in signals.items() if v is not None}
-    return [{k: v[i] for k, v in parts.items()} for i in range(chunks)]
+    at = lambda v, i: v.map(lambda x: cut(x)[i]) if isinstance(v, Motion) else cut(v)[i]
+    return [{k: at(v, i) for k, v in signals.items() if v is not None} for i in range(chunks)]
 
 @torch.no_grad()
 def replay_latents(

@@ -165,7 +165,7 @@ def loader(
 def _together(items):
     "Rows of tensors to a batch as `Pool.batch` makes it."
     x = {k: torch.stack([i[k] for i in items]) for k in items[0]}
-    signals = dict(audio=x['audio'], pose=Motion(x['velocity'], x['known'])) | (dict(text=x['text']) if 'text' in x else {})
+    signals = dict(audio=x['audio'], pose=Motion(x['velocity'], x['known'], x.get('moved'))) | (dict(text=x['text']) if 'text' in x else {})
     return x['latents'], x['reference'], signals, x['face']
 
 class Synthetic:
@@ -200,7 +200,7 @@ def save_pool(
 ):
     "One shard."
     from safetensors.torch import save
-    kinds = dict(latents=torch.float16, reference=torch.float16, velocity=torch.float16, audio=torch.int32, text=torch.int32)
+    kinds = dict(latents=torch.float16, reference=torch.float16, velocity=torch.float16, place=torch.float16, shown=torch.float16, audio=torch.int32, text=torch.int32)
     parts = {k: v for k, v in vars(pool).items() if isinstance(v, torch.Tensor) and k != 'codes'} | more
     with atomic(path) as f: f.write(save({k: v.detach().cpu().to(kinds.get(k, v.dtype)).contiguous() for k, v in parts.items()}))
 
@@ -260,6 +260,8 @@ class Latents:
         cut = lambda what, every=1: f.get_slice(what)[row:row+1, start//every:(start + span)//every][0]
         who = start*f.get_slice('reference').get_shape()[1]//self.note['frames']     # the portrait of this part of the clip, see page 50
         text = dict(text=cut('text', frames).long()) if self.cfg.text.model == 'bytes' else self.said(f, cut('text', frames))
+        if 'place' in f.keys() and rng.random() < Pool.places: text['moved'] = cut('place').float() - f.get_slice('shown')[row:row+1, who:who+1][0].float()
+        elif 'place' in f.keys(): text['moved'] = torch.full_like(cut('place').float(), torch.nan)
         return dict(latents=cut('latents').float(), reference=f.get_slice('reference')[row:row+1, who:who+1][0, 0].float(), audio=self.codes[cut('audio', per).long()],
                     velocity=cut('velocity').float(), known=cut('known'), face=cut('face').float()) | text
 
@@ -409,7 +411,7 @@ def on(batch, device):
     "A batch on a device."
     go = lambda x: x.to(device, non_blocking=True)
     latents, reference, signals, face = batch
-    signals = {k: Motion(*map(go, v)) if isinstance(v, Motion) else go(v) for k, v in signals.items()}
+    signals = {k: v.map(go) if isinstance(v, Motion) else go(v) for k, v in signals.items()}
     return go(latents), go(reference), signals, go(face)
 
 # %% ../../nbs/training/51_deepspeed.ipynb #de3cc0ae
@@ -983,11 +985,14 @@ def encode_clip(
     said, long, motion, points = sample.meta.get('captions') or [''], 64 if midas.cfg.text.model == 'bytes' else 1024, sample.truth.get('motion'), sample.truth.get('keypoints')
     read = None if motion is None else readings(torch.from_numpy(np.array(motion)).float())
     points = torch.full((1, len(z), 12, 2), torch.nan) if points is None else torch.from_numpy(np.array(points[None, :, :12, :2])).float()
-    velocity, known = (x[0] for x in JointVelocity(12, fps=v.fps)(in_heights(points, v.height, v.width)))
+    place = in_heights(points, v.height, v.width)[0]
+    velocity, known, _ = (x if x is None else x[0] for x in JointVelocity(12, fps=v.fps)(place[None]))
     for a in range(0, len(z) - frames + 1, frames):
         words = [said[min(int((a + k + f/2)/len(z)*len(said)), len(said) - 1)] for k in range(0, frames, f)]
         face = torch.full((frames, READINGS), torch.nan) if motion is None else read[a:a+frames]
-        out.append(dict(latents=z[a:a+frames], reference=portrait if portrait is not None else z[(a + frames) % len(z)][None], velocity=velocity[a:a+frames], known=known[a:a+frames],
+        later = (a + frames) % len(z)                          # a portrait of whose keypoints nothing is known tells no way from it
+        out.append(dict(latents=z[a:a+frames], reference=z[later][None] if portrait is None else portrait, shown=place[later][None] if portrait is None else torch.full((len(portrait), 12, 2), torch.nan),
+                        place=place[a:a+frames], velocity=velocity[a:a+frames], known=known[a:a+frames],
                         audio=ids[a//per:(a + frames)//per], text=torch.tensor([byte_ids(w or '', long) for w in words]), face=face))
     return out
 

@@ -136,6 +136,9 @@ class Pool:
     face:Tensor       # `readings` of the truth, (s, t, r); NaN where unknown
     codes:Tensor      # the tokenizer's codebook, (codes, d)
     codec_hash:str    # which codec made the latents
+    place:Tensor|None=None  # of skull and shoulders in picture heights, NaN where unknown, (s, t, 12, d)
+    shown:Tensor|None=None  # the same in the portraits, (s, r, 12, d)
+    places:float=.7         # share of sequences that are told how far the head has moved since the portrait
 
     def __len__(self): return len(self.latents)
 
@@ -160,8 +163,12 @@ class Pool:
         scene, start = draw(s), draw(t//frames - chunks + 1)*frames
         at = lambda x, every=1: x[scene[:, None], start[:, None]//every + torch.arange(span//every, device=dev)]
         chunk_of = (start[:, None] + torch.arange(chunks, device=dev)*frames + frames//2)*self.text.shape[1]//t
-        signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known)), text=self.text[scene[:, None], chunk_of].long())
-        return at(self.latents).float(), self.reference[scene, start*self.reference.shape[1]//t].float(), signals, at(self.face)
+        who, moved = start*self.reference.shape[1]//t, None
+        if self.place is not None:
+            told = torch.rand(rows, generator=generator, device=dev) < self.places
+            moved = torch.where(told[:, None, None, None], at(self.place) - self.shown[scene, who][:, None], torch.nan)
+        signals = dict(audio=self.codes[at(self.audio, per_token)], pose=Motion(at(self.velocity), at(self.known), moved), text=self.text[scene[:, None], chunk_of].long())
+        return at(self.latents).float(), self.reference[scene, who].float(), signals, at(self.face)
 
 # %% ../../nbs/training/50_train.ipynb #259f8671
 def check_scenes(
@@ -188,7 +195,7 @@ def draw_pool(
     references, together = references or max(1, t//midas.cfg.frames_per_chunk), min(together or (16 if gpu else 4), len(scenes))
     frames, shown = t + references if gpu else 24, [max(0, i*t//references - 1) for i in range(references)]                  # on a GPU one shape, compiled once
     half = torch.autocast('cuda', torch.bfloat16, enabled=gpu)              # for the codec; geometry in half precision would shake
-    z, refs, moves, seen = [], [], [], []
+    z, refs, moves, seen, places, shows = [], [], [], [], [], []
     for k in range(0, len(scenes) - together + 1, together):
         m = scenes.motion[k:k+together].to(dev).float()/STEPS
         who = torch.arange(k, k+together, device=dev) % len(people.layers)
@@ -198,13 +205,15 @@ def draw_pool(
         with half:
             z.append(codec.encode(x, check=False).half())
             refs.append(codec.encode(portrait.flatten(0, 1)[:, None], check=False)[:, 0].unflatten(0, (together, references)).half())
-        v = JointVelocity(12, fps=scenes.fps)(in_heights(keypoints(layers, m)[:, :, :12], 256, 256))
-        moves.append(v.velocity); seen.append(v.known)
+        place, show = (in_heights(keypoints(layers, a)[:, :, :12], 256, 256) for a in (m, r))
+        v = JointVelocity(12, fps=scenes.fps)(place)
+        moves.append(v.velocity); seen.append(v.known); places.append(place); shows.append(show)
         if say and k//together % 100 == 99: say(f'{k + together} scenes drawn in {time.time() - start:.0f} s')
     n = sum(len(a) for a in z)
     table = torch.tensor([byte_ids(c, 64) for c in scenes.captions], dtype=torch.int32)
     face = readings(scenes.motion[:n].to(dev).float()/STEPS)
-    return Pool(torch.cat(z), torch.cat(refs), torch.cat(moves), torch.cat(seen), scenes.audio[:n].to(dev).long(), table[scenes.words[:n].long()].to(dev), face, midas.audio.codebook.weight.detach().float().to(dev), codec.fingerprint(decoder=False))
+    return Pool(torch.cat(z), torch.cat(refs), torch.cat(moves), torch.cat(seen), scenes.audio[:n].to(dev).long(), table[scenes.words[:n].long()].to(dev), face, midas.audio.codebook.weight.detach().float().to(dev), codec.fingerprint(decoder=False),
+        torch.cat(places), torch.cat(shows))
 
 # %% ../../nbs/training/50_train.ipynb #99f74500
 def change_weight(
@@ -444,8 +453,8 @@ def pack_stock(
     stock:list,   # pairs: batch of `Pool.batch`, own frames (b, t, c, h, w)
 )->dict:          # name -> tensor
     "Sequences drawn live, as a file can hold them."
-    flat = lambda b, own: dict(latents=b[0], reference=b[1], audio=b[2]['audio'], velocity=b[2]['pose'].velocity, known=b[2]['pose'].known, text=b[2]['text'], face=b[3], own=own)
-    return {f'{i}.{k}': v for i, entry in enumerate(stock) for k, v in flat(*entry).items()}
+    flat = lambda b, own: dict(latents=b[0], reference=b[1], audio=b[2]['audio'], text=b[2]['text'], face=b[3], own=own, **b[2]['pose']._asdict())
+    return {f'{i}.{k}': v for i, entry in enumerate(stock) for k, v in flat(*entry).items() if v is not None}
 
 def unpack_stock(
     flat:dict,    # of `pack_stock`
@@ -454,7 +463,7 @@ def unpack_stock(
     "Give them back."
     n = 1 + max((int(k.split('.')[0]) for k in flat), default=-1)
     rows = [{k.split('.')[1]: v.to(device) for k, v in flat.items() if k.startswith(f'{i}.')} for i in range(n)]
-    return [((r['latents'], r['reference'], dict(audio=r['audio'], pose=Motion(r['velocity'], r['known']), text=r['text']), r['face']), r['own']) for r in rows]
+    return [((r['latents'], r['reference'], dict(audio=r['audio'], pose=Motion(r['velocity'], r['known'], r.get('moved')), text=r['text']), r['face']), r['own']) for r in rows]
 
 def save_run(
     trainer:JointTrainer,   # any time between two steps
@@ -552,7 +561,7 @@ def sample_strip(
     "What the model draws for the first sequence of a batch."
     latents, reference, signals, _ = batch
     chunks = min(chunks, signals['text'].shape[1]); t = chunks*model.layout.frames
-    first = dict(audio=signals['audio'][:1, :t], pose=Motion(*(v[:1, :t] for v in signals['pose'])), text=signals['text'][:1, :chunks])
+    first = dict(audio=signals['audio'][:1, :t], pose=signals['pose'].map(lambda v: v[:1, :t]), text=signals['text'][:1, :chunks])
     rows = latents[:1, :t], generate(model, reference[:1], first, chunks)
     portrait = model.codec.decode(reference[:1, None], check=False)[0]
     return [torch.cat([portrait, model.codec.decode(r, check=False)[0, ::every]]) for r in rows]
@@ -610,6 +619,7 @@ def new_midas(
             if has != wants: raise ValueError(f"The {what} in {weights} is {has} wide, but the preset {name!r} wants {wants}; use the preset 'tiny', or --start-from a model that brings its own.")
     if anew:
         state, wanted = read_safetensors(midas_folder(start_from)/'model.safetensors'), model.trained_state()
+        if (k := 'pose.net.0.weight') in state: state[k] = model.pose.widened(state[k])          # older models have only read velocities
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
