@@ -485,7 +485,7 @@ def test_landmark_files(tmp_path):
 def test_velocities_against_a_loop():
     p, seen = torch.randn(2, 9, 5, 3), torch.rand(2, 9, 5) > .3
     p[0, 4, 1] = math.nan
-    m = P.JointVelocity(5, 3, 25.); v, known = m(p, seen)
+    m = P.JointVelocity(5, 3, 25.); v, known, _ = m(p, seen)
     for b, t, k in np.ndindex(2, 9, 5):
         ok = t > 0 and all(bool(seen[b, i, k]) and bool(torch.isfinite(p[b, i, k]).all()) for i in (t - 1, t))
         assert bool(known[b, t, k]) == ok

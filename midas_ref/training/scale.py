@@ -986,7 +986,7 @@ def encode_clip(
     read = None if motion is None else readings(torch.from_numpy(np.array(motion)).float())
     points = torch.full((1, len(z), 12, 2), torch.nan) if points is None else torch.from_numpy(np.array(points[None, :, :12, :2])).float()
     place = in_heights(points, v.height, v.width)[0]
-    velocity, known, _ = (x if x is None else x[0] for x in JointVelocity(12, fps=v.fps)(place[None]))
+    velocity, known = (x[0] for x in JointVelocity(12, fps=v.fps)(place[None])[:2])
     for a in range(0, len(z) - frames + 1, frames):
         words = [said[min(int((a + k + f/2)/len(z)*len(said)), len(said) - 1)] for k in range(0, frames, f)]
         face = torch.full((frames, READINGS), torch.nan) if motion is None else read[a:a+frames]
