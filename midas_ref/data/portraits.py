@@ -681,13 +681,12 @@ def hair_color(
     return c if i.hair == "headscarf" else lerp(c, rgb("c9c6c2"), 0.85 * i.grey)
 
 def freckles(
-    i: Identity, # whose; one of four kinds, that of the skin
     x: Tensor, # place in face units, (h, w)
     y: Tensor, # the same upwards, (h, w)
     count: int = 90, # of them
 ) -> Tensor: # (h, w) in 0..1
-    "Round spots on cheeks and nose, 2 to 5 pixels wide in a picture of 256: about as fine as a 64x codec can keep."
-    g = torch.Generator().manual_seed(PATTERNS * 5 + i.seed % PATTERNS)
+    "Round spots on cheeks and nose, 2 to 5 pixels wide in a picture of 256: about as fine as a 64x codec can keep; the same ones in every face."
+    g = torch.Generator().manual_seed(PATTERNS * 5)
     cx, cy = 0.30 * torch.randn(count, generator=g), -0.21 + 0.13 * torch.randn(count, generator=g)
     r, dark = 0.014 + 0.020 * torch.rand(count, generator=g) ** 2, 0.5 + 0.5 * torch.rand(count, generator=g)
     out = torch.zeros_like(x)
@@ -715,7 +714,7 @@ def bake_skin(
     c = lerp(tone, red, blood)
     c = c * (1 + 0.035 * n(24) + 0.02 * n(80) * (0.6 + 0.5 * old))
     c = c * (1 - (0.14 + 0.16 * old) * disc(f["ex"] - 0.02, -0.155, 0.12, 0.045)) # under the eyes
-    spots = (freckles(i, x, y) if i.freckles or old > 0.4 else 0) + 0.35 * step(0.72, 1.1, n(84)) + 0.35 * old * step(1.05, 1.3, n(36))
+    spots = (freckles(x, y) if i.freckles or old > 0.4 else 0) + 0.35 * step(0.72, 1.1, n(84)) + 0.35 * old * step(1.05, 1.3, n(36))
     c = c * (1 - torch.tensor([0.28, 0.42, 0.5], device=dev)[:, None, None] * (max(i.freckles, 0.5 * old - 0.2) * spots).clamp(0, 1))
     fold = 0 * x
     for k in range(3): fold = fold + bump(y - 0.27 - 0.085 * k - 0.03 * torch.cos(5 * x + k) + 0.006 * n(8), 0.013) * step(0.42, 0.2, ax)

@@ -165,7 +165,7 @@ class Case:
     layers:object        # the person, baked
     motion:Tensor        # truth, (t, m)
     portrait:Tensor      # (3, 256, 256) in [-1, 1]
-    velocity:Tensor      # of skull and shoulders, picture heights per second, the first from the portrait on, (t, 12, 2)
+    velocity:Tensor      # of skull and shoulders, picture heights per second, (t, 12, 2)
     words:list           # a caption for each chunk of 0.48 s
 
     @property
@@ -190,13 +190,13 @@ def make_case(
     "A scene with all that follows from it."
     if abs(script.seconds/.48 - round(script.seconds/.48)) > 1e-6: raise ValueError(f"The scene lasts {script.seconds:g} s; accepted: whole chunks of 0.48 s, such as 9.6.")
     times = frame_times(script.seconds, FPS)
-    m = torch.from_numpy(motion(script, times)).to(device)
+    m = torch.from_numpy(motion(script, np.r_[times[0] - 1/FPS, times])).to(device)             # one instant more, for the first velocity
     layers = bake([script.identity], 256, device, views)
     shown = reference_motion(script.seed)[0, 0].to(device)
-    if first: shown[len(MOUTH):] = m[0, len(MOUTH):]
+    if first: shown[len(MOUTH):] = m[1, len(MOUTH):]
     portrait = pose(layers, shown[None, None])[0, 0].clamp(-1, 1)
-    points = in_heights(keypoints(layers, torch.cat([shown[None], m])[None])[:, :, :12], 256, 256)
-    return Case(script, layers, m, portrait, JointVelocity(12, fps=FPS)(points).velocity[0, 1:].cpu(), captions(script))
+    points = in_heights(keypoints(layers, m[None])[:, :, :12], 256, 256)
+    return Case(script, layers, m[1:], portrait, JointVelocity(12, fps=FPS)(points).velocity[0, 1:].cpu(), captions(script))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #9e47a8fe
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def latent_bytes(
 )->dict:               # part -> bytes
     "What `midas-ref data encode` writes."
     s = hours*3600
-    return dict(latents=s*cfg.video.fps*cfg.video.tokens*cfg.codec.latent_channels*2, audio=s/cfg.audio.token_seconds*4, pose=s*cfg.video.fps*keypoints*(2*2 + 1),
+    return dict(latents=s*cfg.video.fps*cfg.video.tokens*cfg.codec.latent_channels*2, audio=s/cfg.audio.token_seconds*4, pose=s*cfg.video.fps*keypoints*(2*2 + 2*2 + 1),
                 text=s/cfg.chunk_seconds*letters*4, face=s*cfg.video.fps*READINGS*4)
 
 # %% ../../nbs/training/53_plan.ipynb #33e225e8
