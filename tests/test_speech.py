@@ -171,3 +171,9 @@ def test_missing_packages_say_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'midas_ref\[data\]'"): S.synth("hi")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="apt-get install flite"): S.flite("hi")
+
+def test_a_wide_span_does_not_crash_a_wild_voice():
+    "espeak-ng itself dies of this sentence (in a process of its own, so that a crash is a failure)."
+    code = "from midas_ref.data.speech import synth; print(synth('Вся семья поёт весёлую песню возле булочной.', 'ru', 'Demonic', 170, 5, 78).duration > 1)"
+    got = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert got.returncode == 0 and got.stdout.strip() == 'True', got
