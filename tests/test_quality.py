@@ -114,6 +114,13 @@ def test_real_voices_are_told_apart():
     right, wrong = (Q.real_voices([take(dict(open=x), s) for x, s in zip(t, scripts)]) for t in (tracks, tracks[1:] + tracks[:1]))
     assert right['real_auc'] == 1 and right['real_r'] > .99 and right['real_closed'] > .9 and wrong['real_auc'] < .7 and wrong['real_r'] < .5
 
+def test_who_becomes_somebody_else_is_noticed():
+    "The last second counts, and only scenes whose portrait was read."
+    me, other = np.eye(64, dtype=np.float32)[:2]
+    t = take(dict(open=np.zeros(60), identity=np.r_[np.tile(me, (48, 1)), np.tile(other, (12, 1))]))
+    apart = lambda face: Q.score({('talk', ()): [replace(t, face=face)]})['apart']
+    assert apart(torch.from_numpy(other)) < 1e-6 and abs(apart(torch.from_numpy(me)) - 1) < 1e-6 and math.isnan(apart(None))
+
 # the scene
 
 def test_case_gives_what_the_training_gives(case):

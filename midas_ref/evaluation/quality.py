@@ -278,6 +278,7 @@ class Take:
     motion:np.ndarray  # its truth, (t, m)
     tracks:dict        # of `judge`, as arrays, and 'lids' (t,); 'change' of the picture and of the face in % of full range, (t-1,)
     kept:dict          # frame number -> uint8 (h, w, 3)
+    face:object=None   # identity that the judge reads from the portrait, (64,)
 
     def truth(self, channel:str): return self.motion[:, MOTION.index(channel)]    # (t,)
     @property
@@ -308,7 +309,7 @@ def watch(
     if n != len(case.motion): raise ValueError(f"The performer gave {n} frames for a scene of {len(case.motion)}.")
     tracks = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     tracks |= dict(lids=(tracks['blink_l'] + tracks['blink_r'])/2, change=tracks['change'][1:], face=tracks['face'][1:])
-    return Take(case.script, case.motion.cpu().numpy(), tracks, kept)
+    return Take(case.script, case.motion.cpu().numpy(), tracks, kept, judge(case.portrait[None].to(dev), probe)['identity'][0].cpu())
 
 # %% ../../nbs/evaluation/70_quality.ipynb #37118c44
 def lips(
@@ -417,6 +418,7 @@ BOUNDS = dict(  # what is asked of a model: key -> (label, lowest, highest accep
     yaw_rate=('yaw rate r', .9, None), pitch_rate=('pitch rate r', .9, None), yaw_angle=('yaw over 3 s, r', .9, None), pitch_angle=('pitch over 3 s, r', .9, None),
     expression=('expression within 2 chunks', .9, None), pose_cost=('r lost with pose', None, .05), text_cost=('r lost with words', None, .05),
     pulse_pixels=('pulse: pixels', None, 1.15), pulse_opening=('pulse: opening', None, 1.15), pulse_yaw=('pulse: yaw', None, 1.15),
+    apart=('face from portrait, last second', None, .05),
     real_r=('real voices, opening r', .45, None), real_auc=('real voices, AUC', .85, None), real_closed=('real voices, /p b m/ closed', .6, None), real_chance=('  the same at other moments', None, None),
     real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.), mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.),
     identity_ratio=('identity, last / first', None, 1.25), energy=('face motion at last / truth', .7, 1.4), blinks=('blinks a minute', 8, 30), sync_change=('change of r', -.05, None))
@@ -428,6 +430,7 @@ def score(
     told = lambda what: groups.get(('talk', what)) or groups[('talk', ())]
     out = lips(groups[('talk', ())]) | control(told(('pose',)), told(('text',))) | pulses(groups[('talk', ())])
     for key, what in (('pose_cost', ('pose',)), ('text_cost', ('text',))): out[key] = out['own'] - lips(told(what))['own'] if ('talk', what) in groups else math.nan
+    out['apart'] = mean(identity_distance(t.face[None], torch.from_numpy(t.tracks['identity'][-12:])) for t in groups[('talk', ())] if t.face is not None)
     if g := groups.get(('unheard', ())): out['unheard'] = lips(g)['own']
     if g := groups.get(('real', ())): out |= real_voices(g)
     if g := groups.get(('reading', ())): out['real_envelope'] = lips(g)['envelope']
