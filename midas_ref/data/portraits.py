@@ -11,7 +11,7 @@ __all__ = ['MOTION', 'MOUTH', 'HEAD', 'MOTION_RANGE', 'EXPRESSIONS', 'SKIN', 'HA
            'smin', 'smax', 'ellipsoid', 'capsule', 'pattern', 'noise', 'rgb', 'skin_color', 'face_params', 'skull',
            'head', 'hairline', 'strand_frame', 'hair', 'Volume', 'rotation', 'apply', 'trace', 'view_grid',
            'box_points', 'sample', 'light_rig', 'dot', 'occlusion', 'shadow', 'shade_skin', 'shade_hair', 'volumes',
-           'unit', 'bake_views', 'beard_mask', 'hair_color', 'freckles', 'bake_skin', 'bake_strands', 'torso',
+           'unit', 'bake_views', 'freckles', 'beard_mask', 'hair_color', 'bake_skin', 'bake_strands', 'torso',
            'triangle', 'bake_torso', 'bake_background', 'glass_shape', 'bake_glasses', 'Layers', 'camera', 'sheet_size',
            'face_vectors', 'bake', 'channels', 'face_of', 'eye_lines', 'over', 'draw_eyes', 'lip_shape', 'lip_lines',
            'draw_mouth', 'blend_views', 'clamped', 'flesh', 'head_plane', 'read', 'Shot', 'skin_layer', 'hair_layer',
@@ -657,6 +657,21 @@ def bake_views(
         out.append(rearrange(maps, "v c (h w) -> v c h w", h=h))
     return tuple(out)
 
+# %% ../../nbs/data/10_portraits.ipynb #d21f344d
+def freckles(
+    x: Tensor, # place in face units, (h, w)
+    y: Tensor, # the same upwards, (h, w)
+    count: int = 90, # of them
+) -> Tensor: # (h, w) in 0..1
+    "Round spots on cheeks and nose, 2 to 5 pixels wide in a picture of 256: about as fine as a 64x codec can keep; the same ones in every face."
+    g = torch.Generator().manual_seed(PATTERNS * 5)
+    cx, cy = 0.30 * torch.randn(count, generator=g), -0.21 + 0.13 * torch.randn(count, generator=g)
+    r, dark = 0.014 + 0.020 * torch.rand(count, generator=g) ** 2, 0.5 + 0.5 * torch.rand(count, generator=g)
+    out = torch.zeros_like(x)
+    for a, b, c, d in zip(cx.tolist(), cy.tolist(), r.tolist(), dark.tolist()):
+        out = torch.maximum(out, d * step(1.4, 0.6, ((x - a) ** 2 + (y - b) ** 2).sqrt() / c))
+    return out
+
 # %% ../../nbs/data/10_portraits.ipynb #ff202914
 def beard_mask(
     x: Tensor, # face coordinates
@@ -679,20 +694,6 @@ def hair_color(
     "The colour of the hair with its grey mixed in."
     c = rgb(HAIR_COLORS.get(i.hair_color, i.hair_color))
     return c if i.hair == "headscarf" else lerp(c, rgb("c9c6c2"), 0.85 * i.grey)
-
-def freckles(
-    x: Tensor, # place in face units, (h, w)
-    y: Tensor, # the same upwards, (h, w)
-    count: int = 90, # of them
-) -> Tensor: # (h, w) in 0..1
-    "Round spots on cheeks and nose, 2 to 5 pixels wide in a picture of 256: about as fine as a 64x codec can keep; the same ones in every face."
-    g = torch.Generator().manual_seed(PATTERNS * 5)
-    cx, cy = 0.30 * torch.randn(count, generator=g), -0.21 + 0.13 * torch.randn(count, generator=g)
-    r, dark = 0.014 + 0.020 * torch.rand(count, generator=g) ** 2, 0.5 + 0.5 * torch.rand(count, generator=g)
-    out = torch.zeros_like(x)
-    for a, b, c, d in zip(cx.tolist(), cy.tolist(), r.tolist(), dark.tolist()):
-        out = torch.maximum(out, d * step(1.4, 0.6, ((x - a) ** 2 + (y - b) ** 2).sqrt() / c))
-    return out
 
 def bake_skin(
     i: Identity,

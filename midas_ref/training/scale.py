@@ -164,7 +164,7 @@ def loader(
 # %% ../../nbs/training/51_deepspeed.ipynb #8cdb4819
 def _together(items):
     "Rows of tensors to a batch as `Pool.batch` makes it."
-    x = {k: torch.stack([i[k] for i in items]) for k in items[0]}
+    x = {k: torch.stack([i[k] for i in items]) for k in items[0] if all(k in i for i in items)}             # older shards know no places
     signals = dict(audio=x['audio'], pose=Motion(x['velocity'], x['known'], x.get('moved'))) | (dict(text=x['text']) if 'text' in x else {})
     return x['latents'], x['reference'], signals, x['face']
 
