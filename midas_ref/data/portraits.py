@@ -715,8 +715,9 @@ def bake_skin(
     c = lerp(tone, red, blood)
     c = c * (1 + 0.035 * n(24) + 0.02 * n(80) * (0.6 + 0.5 * old))
     c = c * (1 - (0.14 + 0.16 * old) * disc(f["ex"] - 0.02, -0.155, 0.12, 0.045)) # under the eyes
-    spots = (freckles(x, y) if i.freckles or old > 0.4 else 0) + 0.35 * step(0.72, 1.1, n(84)) + 0.35 * old * step(1.05, 1.3, n(36))
-    c = c * (1 - torch.tensor([0.28, 0.42, 0.5], device=dev)[:, None, None] * (max(i.freckles, 0.5 * old - 0.2) * spots).clamp(0, 1))
+    amount = max(i.freckles, 0.5 * old - 0.2)
+    spots = (freckles(x, y) if amount > 0 else 0) + 0.35 * step(0.72, 1.1, n(84)) + 0.35 * old * step(1.05, 1.3, n(36))
+    c = c * (1 - torch.tensor([0.28, 0.42, 0.5], device=dev)[:, None, None] * (amount * spots).clamp(0, 1))
     fold = 0 * x
     for k in range(3): fold = fold + bump(y - 0.27 - 0.085 * k - 0.03 * torch.cos(5 * x + k) + 0.006 * n(8), 0.013) * step(0.42, 0.2, ax)
     for a in (-0.5, -0.05, 0.4):
