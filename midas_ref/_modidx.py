@@ -291,6 +291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'midas_ref.codec.train.exam': ('codec/train.html#exam', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.exam_hash': ('codec/train.html#exam_hash', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.face_masks': ('codec/train.html#face_masks', 'midas_ref/codec/train.py'),
+                                       'midas_ref.codec.train.freckles_kept': ( 'codec/train.html#freckles_kept',
+                                                                                'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.grain': ('codec/train.html#grain', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.image_part': ('codec/train.html#image_part', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.inner_kernels': ( 'codec/train.html#inner_kernels',

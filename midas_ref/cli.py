@@ -169,6 +169,7 @@ def train_probe(a):
     option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='train the kernels between features with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--late', type=number(float, 0, 2), default=None, metavar='PROGRESS', help='stage 1: where the adversary comes in (default .66; above 1 never)'),
     option('--decoder-only', action='store_true', help='stage 3: leave the encoder alone, so that models trained on its latents stay valid'),
+    option('--keep-latents', type=number(float, 0), default=0., metavar='WEIGHT', help='hold the latents where those of --start-from are, so that models trained on them need little to follow (default 0: they are free)'),
     option('--frames', type=number(int, 2, 256), default=8, help='frames of a clip in stages 2 and 3 (default 8; 16 in the last stretch)'),
     option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
     option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
@@ -185,7 +186,7 @@ def train_codec(a):
     if a.decoder_only and a.stage != 3: raise ValueError(f"--decoder-only belongs to stage 3; --stage is {a.stage}.")
     if a.late is not None and a.stage != 1: raise ValueError(f"--late belongs to stage 1; --stage is {a.stage}.")
     gpu, late = device != 'cpu', {} if a.late is None else dict(late=a.late)
-    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=gpu, fuse=gpu and a.stage == 1, muon=a.muon, parts='decoder' if a.decoder_only else None, **late)
+    trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=gpu, fuse=gpu and a.stage == 1, muon=a.muon, parts='decoder' if a.decoder_only else None, keep=a.keep_latents, **late)
     for given in a.weight:
         name, _, value = given.partition('=')
         if name not in trainer.w: raise ValueError(f"--weight {given}: accepted: one of {', '.join(trainer.w)}, then = and a number.")

@@ -6,10 +6,13 @@ __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structur
            'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere', 'agree', 'StackedMuon', 'inner_kernels',
            'codec_optimisers', 'Compiled', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint',
            'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer',
-           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam']
+           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam',
+           'freckles_kept']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from einops import rearrange
 from ..config import preset
 from ..metrics import flicker, pearson, psnr, ssim
 from ..data import portraits
-from ..data.portraits import KEYPOINTS, MOTION, bake, keypoints, pose
+from ..data.portraits import KEYPOINTS, MOTION, Identity, bake, keypoints, pose
 from ..data.clips import frame_times, motion, write_script
 from ..data.probes import WEIGHTS, judge, load_probe, random_motion
 from .blocks import GatedConv, LinearAttention, ResBlock
@@ -155,12 +158,15 @@ def pull(
     loss:Tensor,        # their error, a scalar
     critic:nn.Module,   # the adversary
     share:float=.2,     # length of its gradient in y, in lengths of that of the error; 0: it has no say
+    beside:Tensor|None=None,  # an error of something else than y, such as the latents, a scalar
 )->dict:                # its doubt, if it was asked
     "Send gradients back through whatever drew the pictures."
-    if not share: loss.backward(); return {}
+    more = [] if beside is None else [beside]
+    if not share: sum(more, loss).backward(); return {}
     with torch.autocast('cuda', torch.bfloat16, enabled=y.is_cuda): doubt = -critic(y.flatten(0, -4)).float().mean()
     ours, theirs = torch.autograd.grad(loss, y)[0], torch.autograd.grad(doubt, y)[0]
-    y.backward(ours + (share*ours.float().norm()/theirs.float().norm().clamp(min=1e-12)).to(theirs)*theirs)
+    both = ours + (share*ours.float().norm()/theirs.float().norm().clamp(min=1e-12)).to(theirs)*theirs
+    torch.autograd.backward([y, *more], [both, *(None for _ in more)])
     return dict(critic=doubt)
 
 # %% ../../nbs/codec/24_train.ipynb #af279174
@@ -328,9 +334,11 @@ class SpatialTrainer:
         fast:bool=False,         # record the heavy parts once as CUDA graphs and replay them; all batches must then be of one size
         muon:float=0.,           # learning rate of the kernels between features under Muon, in multiples of lr; 0: AdamW for all
         fuse:bool=False,         # compile them before: up to two minutes more to start, then fewer passes over memory
+        home:nn.Module|None=None,  # encoder of a `VideoDCAE` from whose latents the new ones shall not stray, see `w['stray']`
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
-        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.05, detail=.1, feature=.06, critic=.2, change=1.)   # that of the critic is the share of `pull`
+        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.05, detail=.1, feature=.06, critic=.2, change=1., stray=1.)   # that of the critic is the share of `pull`
+        self.home = home and (Compiled(home) if fuse else home)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.errors, self.critic = Errors(probe).to(self.device), Critic().to(self.device)
@@ -345,6 +353,9 @@ class SpatialTrainer:
     def through(self, x:Tensor)->Tensor:
         "Encode, disturb the latents, decode."
         with torch.set_grad_enabled(self.encoding): z = self.encode(x)
+        if self.home:
+            with torch.no_grad(): was = self.home(x if x.ndim == 5 else x[:, None]).view(z.shape)
+            self.strayed = ((z.float() - was.float())/self.model.std[:, None, None]).square().mean()
         noise = torch.randn(z.shape, generator=self.g, device=z.device)
         share = self.z_noise*torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device).square()      # a third of all pictures have a tenth of the most noise, or less
         channel = z.ndim - 3
@@ -361,7 +372,8 @@ class SpatialTrainer:
         for opt in self.opts:
             opt.zero_grad()
             for group in opt.param_groups: group['lr'] = rate*group.get('scale', 1)
-        parts |= pull(y, loss, self.critic, self.w['critic']*max(0., min(1., (progress - self.late)/.1))); mean_over_ranks(self.model.parameters())
+        if self.home: parts['stray'] = self.strayed
+        parts |= pull(y, loss, self.critic, self.w['critic']*max(0., min(1., (progress - self.late)/.1)), self.w['stray']*self.strayed if self.home else None); mean_over_ranks(self.model.parameters())
         norm = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.)
         for opt in self.opts: opt.step()
         average(self.ema, self.model, self.step); self.step += 1
@@ -559,7 +571,7 @@ def train_codec(
     if lead:
         save_checkpoint(trainer, out/'checkpoint.safetensors')
         if n: log.picture('strip', trainer.step, strip(trainer.ema, x))
-        if trainer.encoding: fit_statistics(trainer.ema, (draw()[0] for _ in range(16)))
+        if trainer.encoding and not trainer.home: fit_statistics(trainer.ema, (draw()[0] for _ in range(16)))
         trainer.ema.save(out/'codec', torch.float16)
         log.close()
     agree(1.)                                                                 # nobody goes on before the codec is written
@@ -702,6 +714,7 @@ def codec_trainer(
     device='cpu',         # where to train
     seed:int=0,           # of the weights and the noise
     parts:str|None=None,  # what moves, see `ClipTrainer`; None: 'time' in stage 2, 'all' in stage 3
+    keep:float=0.,        # weight of the error that holds the latents where those of `start` are; 0: they are free
     **kw,                 # more arguments of the trainer
 )->SpatialTrainer:
     "The trainer of a stage."
@@ -711,9 +724,11 @@ def codec_trainer(
     torch.manual_seed(seed); seed = seed + rank()                             # equal weights, different noise
     model = load_dcae(start, cfg, VideoDCAE) if start else near_identity(DCAE(cfg or preset('tiny').codec))
     if stage == 1 and start: model = image_part(model)
+    if keep and not start: raise ValueError("Latents can be kept only of a codec to start from; give its folder.")
+    if keep: kw['home'] = load_dcae(start, cfg, VideoDCAE).to(device).channels_last().eval().requires_grad_(False).encoder
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
     trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, parts or {2: 'time', 3: 'all'}[stage], seed=seed, **kw)
-    trainer.settled = not start
+    trainer.settled, trainer.w['stray'] = not start, keep
     return trainer
 
 # %% ../../nbs/codec/24_train.ipynb #b1490b11
@@ -751,3 +766,25 @@ def exam(
     for i, name in enumerate(('through', 'without')):
         out |= {f'r_{k}_{name}': pearson(torch.cat([r[k][i] for r in read]).cpu(), torch.cat([r[k][2] for r in read]).cpu()).item() for k in read[0]}
     return dict(out, frames=clips*round(seconds*12.5), exam=exam_hash(clips, seconds, first))
+
+# %% ../../nbs/codec/24_train.ipynb #b59b46ad
+@torch.no_grad()
+def freckles_kept(
+    codec:nn.Module,     # of video, in eval mode, on its device
+    people:int=12,       # held-out people with light skin
+    poses:int=2,         # of each
+    first:int=2**20,     # identity seed to look from
+    views=(5, 3),        # see `bake`
+)->float:                # share of the contrast of freckles that comes through
+    "Draw people with and without freckles, and compare what is left of the difference."
+    device, found = codec.mean.device, (who for who in map(Identity.random, range(first, first + 100*people)) if who.skin < .45 and who.beard == 'none')
+    fine = lambda v: v - F.avg_pool2d(v, 9, 1, 4, count_include_pad=False)
+    inner = total = 0.
+    for k, who in enumerate(islice(found, people)):
+        m = random_motion(poses, torch.zeros(1, 9), torch.Generator().manual_seed(k))[0].to(device)
+        x = torch.cat([pose(bake([replace(who, freckles=f)], 256, device, views), m[None])[0] for f in (.8, 0.)]).clamp(-1, 1)
+        y = torch.cat([codec(part[:, None].to(codec.mean.dtype))[:, 0].float() for part in x.split(poses)]).clamp(-1, 1)
+        t, d = (fine(v[:poses] - v[poses:]) for v in (x, y))
+        inner, total = inner + (t*d).sum().item(), total + t.square().sum().item()
+    return inner/total
+

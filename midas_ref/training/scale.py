@@ -800,16 +800,16 @@ class MasterEngine:
             opt.step(); m.grad = None
             p.copy_(m)
 
-def step_times(engine, batch, tc, steps:int, warm:int, sync)->list:
-    "Seconds of each of some steps, after some that are not measured."
-    out = []
-    for i in range(warm + steps):
-        sync(); start = time.perf_counter()
-        for k in range(tc.accumulate):
-            loss, _ = engine(batch, 0., block_seed(0, i*tc.accumulate + k))
-            engine.backward(loss); engine.step()
-        sync(); out.append(time.perf_counter() - start)
-    return out[warm:]
+def step_times(engine, blocks:list, tc, sync)->tuple:
+    "Seconds and loss of each step; `blocks` holds (number, batch), `tc.accumulate` for each of them."
+    seconds, losses = [], []
+    for i in range(0, len(blocks), tc.accumulate):
+        sync(); start = time.perf_counter(); losses.append(0.)
+        for block, batch in blocks[i:i+tc.accumulate]:
+            loss, _ = engine(batch, 0., block_seed(tc.seed, block))
+            engine.backward(loss); engine.step(); losses[-1] += loss.detach()/tc.accumulate
+        sync(); seconds.append(time.perf_counter() - start)
+    return seconds, [float(v) for v in losses]
 
 # %% ../../nbs/training/51_deepspeed.ipynb #548c5644
 def bench_train(
@@ -834,10 +834,12 @@ def bench_train(
         spare(midas, tc.recompute, tc.compile)
         midas.backbone.blocks = gpu
         run = MasterEngine(JointStep(midas, source.activity(), tc).to(device), tc, device)
-    batch = on(source.batch((fleet.rank if fleet else 0)*tc.rows, tc.rows), device)
+    mine = range(fleet.rank if fleet else 0, world*(warm + steps)*tc.accumulate, world)                       # as in a run: with equal global batches, equal data
+    blocks = [(b, on(source.batch(b*tc.rows, tc.rows), device)) for b in mine]
     sync = torch.cuda.synchronize if gpu else lambda: None
     if gpu: torch.cuda.reset_peak_memory_stats()
-    seconds = step_times(run, batch, tc, steps, warm, sync)
+    seconds, losses = step_times(run, blocks, tc, sync)
+    seconds, losses = seconds[warm:], fleet.mean(*losses) if fleet else losses
     s, work, n = float(np.median(seconds)), step_flops(cfg, tc.rows*tc.accumulate, tc.chunks, tc.repeats), tc.rows*tc.accumulate*tc.chunks*cfg.chunk_tokens
     name = torch.cuda.get_device_name() if gpu else 'CPU'
     peak = peak or next((v for k, v in PEAKS.items() if k in name), 0.)
@@ -845,8 +847,8 @@ def bench_train(
     out = dict(device=name, processes=world, engine=engine, zero=tc.zero if fleet else 0, precision='bfloat16' if tc.half(device) else 'float32', parameters=sum(parameters(cfg).values()),
                rows=tc.rows, accumulate=tc.accumulate, chunks=tc.chunks, tokens_per_step=n*world, seconds=s, slowest=max(seconds), tokens_per_second=n*world/s, head_tokens_per_second=ours*world/s,
                tflop_per_step=flops/1e12, tflop_per_second=flops/s/1e12, peak_tflop_per_second=peak/1e12, utilisation=flops/s/peak if peak else None,
-               peak_gib=memory, work={k: v/1e12 for k, v in work.items()})
-    if profile: out['profile'] = kernels(lambda: step_times(run, batch, tc, 1, 0, sync), gpu)
+               peak_gib=memory, work={k: v/1e12 for k, v in work.items()}, losses=losses)
+    if profile: out['profile'] = kernels(lambda: step_times(run, blocks[-tc.accumulate:], tc, sync), gpu)
     if fleet: fleet.barrier()
     return out
 
