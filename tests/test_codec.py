@@ -580,3 +580,33 @@ def test_stock_shows_each_picture_as_often_as_told():
         for _ in range(60): seen.append(int(draw()[0].flatten()[0]))
         assert all(seen.count(k) == 2*reuse for k in range(reuse, draw.k - reuse)) and len(set(seen[:2])) == 1
     assert len(set(seen[6:12])) > 1                                            # new ones come between
+
+@pytest.mark.parametrize('stage', [1, 3])
+def test_latents_can_be_kept(stage, tmp_path):
+    from midas_ref.codec.train import codec_trainer
+    old = video(); old.save(tmp_path/'old')
+    g = torch.Generator().manual_seed(1)
+    x, masks = torch.rand(2, 3, 256, 256, generator=g)*2 - 1, torch.rand(2, 2, 256, 256, generator=g)
+    if stage == 3: x, masks = x[None], masks[None]
+    def strayed(keep):
+        trainer = codec_trainer(stage, tmp_path/'old', lr=1e-2, keep=keep)
+        was = {k: v.clone() for k, v in trainer.home.state_dict().items()} if keep else {}
+        with torch.enable_grad(): parts = [trainer.update(x, masks, p) for p in (.0, .3, .9)]                # with the adversary in the last
+        if keep: assert all(torch.equal(v, trainer.home.state_dict()[k]) for k, v in was.items()) and all('stray' in p for p in parts)
+        new = trainer.model.eval()
+        z = new.encoder(x) if stage == 3 else new.encoder(x)[:, None]
+        return ((z - old.encoder(x if stage == 3 else x[:, None]))/old.std[:, None, None]).square().mean().item()
+    free, kept = strayed(0.), strayed(100.)
+    assert kept < .5*free
+    with pytest.raises(ValueError, match='give its folder'): codec_trainer(1, cfg=LIGHT, keep=1.)
+
+def test_an_error_beside_the_pictures_reaches_the_weights():
+    from midas_ref.codec.train import pull
+    w = torch.tensor([2.], requires_grad=True)
+    for share in (0., .5):
+        w.grad = None
+        with torch.enable_grad():
+            y = w.view(1, 1, 1, 1)*torch.ones(1, 3, 2, 2)
+            pull(y, y.sum(), lambda v: v.sum((1, 2, 3)), share, w.square().sum())
+        alone = 12. if not share else 12. - .5*12.                                                            # the adversary pulls the other way, half as long
+        assert w.grad.item() == pytest.approx(alone + 4., rel=1e-4)

@@ -4,10 +4,10 @@
 __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structure_error', 'grain', 'texture_error',
            'detail_error', 'FeatureLoss', 'Errors', 'Critic', 'pull', 'near_identity', 'average', 'join_ranks',
            'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere', 'agree', 'StackedMuon', 'inner_kernels',
-           'codec_optimisers', 'Compiled', 'record', 'SpatialTrainer', 'moments', 'load_moments', 'save_checkpoint',
-           'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip', 'ClipTrainer',
-           'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam',
-           'freckles_kept']
+           'codec_optimisers', 'Compiled', 'record', 'Drawing', 'SpatialTrainer', 'moments', 'load_moments',
+           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip',
+           'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer',
+           'exam_hash', 'exam', 'freckles_kept']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -321,8 +321,30 @@ def record(
         for k, part in zip(inputs, torch.cuda.make_graphed_callables(parts, tuple(inputs.values()))): setattr(trainer, k, part)
     trainer.record = False
 
+# %% ../../nbs/codec/24_train.ipynb #b5232c8f
+class Drawing:
+    "What a trainer does with pictures before it learns from them."
+    def half(self): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda')
+
+    def through(self, x:Tensor)->Tensor:
+        "Encode, disturb the latents, decode."
+        with torch.set_grad_enabled(self.encoding): z = self.encode(x)
+        if self.home:
+            with torch.no_grad(): was = self.home(x if x.ndim == 5 else x[:, None]).view(z.shape)
+            self.strayed = ((z.float() - was.float())/self.model.std[:, None, None]).square().mean()
+        noise = torch.randn(z.shape, generator=self.g, device=z.device)
+        share = self.z_noise*torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device).square()      # a third of all pictures have a tenth of the most noise, or less
+        channel = z.ndim - 3
+        return self.decode(z + (share*noise).to(z.dtype)*z.detach().std([d for d in range(z.ndim) if d != channel], keepdim=True))
+
+    def score(self, y:Tensor, x:Tensor, masks:Tensor)->tuple:
+        "Loss of pictures y against x, both (n, 3, h, w), and its parts."
+        with self.half(): parts = dict(zip(Errors.names, self.errors(y, x, masks)))
+        return sum(self.w[k]*v for k, v in parts.items()), parts
+
+
 # %% ../../nbs/codec/24_train.ipynb #0d45d9c9
-class SpatialTrainer:
+class SpatialTrainer(Drawing):
     "Stage 1: one picture at a time."
     def __init__(self,
         model:DCAE,              # the codec, on its device
@@ -347,24 +369,6 @@ class SpatialTrainer:
         self.g = torch.Generator(self.device).manual_seed(seed)
         self.encode, self.decode, self.record, self.encoding = model.encoder, model.decoder, fast, any(p.requires_grad for p in model.encoder.parameters())
         self.settled = True                                                   # False: the weights come from a trained codec, see `settle_norms`
-
-    def half(self): return torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda')
-
-    def through(self, x:Tensor)->Tensor:
-        "Encode, disturb the latents, decode."
-        with torch.set_grad_enabled(self.encoding): z = self.encode(x)
-        if self.home:
-            with torch.no_grad(): was = self.home(x if x.ndim == 5 else x[:, None]).view(z.shape)
-            self.strayed = ((z.float() - was.float())/self.model.std[:, None, None]).square().mean()
-        noise = torch.randn(z.shape, generator=self.g, device=z.device)
-        share = self.z_noise*torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device).square()      # a third of all pictures have a tenth of the most noise, or less
-        channel = z.ndim - 3
-        return self.decode(z + (share*noise).to(z.dtype)*z.detach().std([d for d in range(z.ndim) if d != channel], keepdim=True))
-
-    def score(self, y:Tensor, x:Tensor, masks:Tensor)->tuple:
-        "Loss of pictures y against x, both (n, 3, h, w), and its parts."
-        with self.half(): parts = dict(zip(Errors.names, self.errors(y, x, masks)))
-        return sum(self.w[k]*v for k, v in parts.items()), parts
 
     def move(self, y:Tensor, loss:Tensor, parts:dict, progress:float)->dict:
         "One step of the codec on the loss of what it drew; the parts of the loss, as tensors."
