@@ -1734,6 +1734,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'midas_ref/training/scale.py'),
                                           'midas_ref.training.scale.bench_train': ( 'training/deepspeed.html#bench_train',
                                                                                     'midas_ref/training/scale.py'),
+                                          'midas_ref.training.scale.block_attention': ( 'training/deepspeed.html#block_attention',
+                                                                                        'midas_ref/training/scale.py'),
                                           'midas_ref.training.scale.block_seed': ( 'training/deepspeed.html#block_seed',
                                                                                    'midas_ref/training/scale.py'),
                                           'midas_ref.training.scale.checkpoints': ( 'training/deepspeed.html#checkpoints',

@@ -319,3 +319,16 @@ def test_weights_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match='lack 3 tensors, the first of them layers.1.mlp.down_proj.weight'): Backbone.from_pretrained(str(tmp_path/'part'), LAYOUT, 3)
     (tmp_path/'part'/'model.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match='no weights that can be read'): Backbone.from_pretrained(str(tmp_path/'part'), LAYOUT, 3)
+
+def test_all_forms_of_block_attention_agree():
+    "FlexAttention, with keys repeated for each head, in sequences of whole blocks: the same as a mask that says it all."
+    layout = Layout((('audio', 9), ('text', 5)), frame_tokens=9, frames=3)                # 50 tokens a chunk: 5 of them are no whole blocks of 128
+    cfg = BackboneConfig(width=64, layers=2, heads=4, kv_heads=1, head_dim=16, ffn=48, name='')
+    net, x = make(layout, 2, cfg), rand(2, 250, 64)
+    def run(blocks=False, even=False, spread=False):
+        net.blocks, net.even = blocks, even
+        for layer in net.qwen.layers: layer.self_attn.spread = spread
+        with torch.no_grad(): return net(x)
+    want = run()
+    close(run(True, True, True), want, 2e-5)
+    assert {k: m.shape[-1] for k, m in net.masks.items() if k[2]} == {(5, 'cpu', True, True): 256}

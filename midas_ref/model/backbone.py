@@ -49,6 +49,7 @@ def attend(
     if attention_mask is None: raise ValueError("Attention was called without a mask, and Qwen2 would be causal inside each frame; pass a mask, as Backbone does.")
     if isinstance(attention_mask, BlockMask):
         from transformers.integrations.flex_attention import flex_attention_forward
+        if getattr(module, 'spread', False): key, value = (v.repeat_interleave(query.shape[1]//v.shape[1], 1) for v in (key, value))
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
     group, new, seen = query.shape[1]//key.shape[1], query.shape[2], key.shape[2]
     if new == seen or attention_mask.shape[1] > 1:
@@ -88,7 +89,7 @@ class MaskedQwen(nn.Module):
         from transformers import Qwen2Model
         super().__init__()
         if not isinstance(window, int) or window < 1: raise ValueError(f"window is {window!r}; accepted: a whole number of chunks, 1 or more.")
-        self.cfg, self.layout, self.window, self.full, self.masks, self.blocks = cfg, layout, window, full, {}, False   # blocks: masks for FlexAttention
+        self.cfg, self.layout, self.window, self.full, self.masks, self.blocks, self.even = cfg, layout, window, full, {}, False, False   # blocks: masks for FlexAttention; even: of whole blocks
         self.qwen = Qwen2Model(qwen_config(cfg)) if qwen is None else qwen
         self.qwen.embed_tokens, self.qwen.rotary_emb = None, Rotary(cfg.head_dim, cfg.rope_theta)
 
@@ -97,8 +98,8 @@ class MaskedQwen(nn.Module):
         device,        # of the mask
     )->Tensor|BlockMask:   # bool (1, 1, n, n), True = may look; with `blocks` a block mask
         "The training mask, made once per length and device."
-        key, what = (chunks, str(device), self.blocks), (self.layout, chunks, self.window, self.full, device)
-        if key not in self.masks: self.masks[key] = block_mask(*what) if self.blocks else training_mask(*what)[None, None]
+        key, what = (chunks, str(device), self.blocks, self.even), (self.layout, chunks, self.window, self.full, device)
+        if key not in self.masks: self.masks[key] = block_mask(*what, even=self.even) if self.blocks else training_mask(*what)[None, None]
         return self.masks[key]
 
     def forward(self,
@@ -115,7 +116,9 @@ class MaskedQwen(nn.Module):
         if isinstance(mask, Tensor) and mask.ndim == 2: mask = mask[None, None]
         if positions is None: positions = torch.arange(x.shape[1], device=x.device)
         if positions.ndim == 1: positions = positions[None]
-        return self.qwen(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
+        more = mask.shape[-1] - x.shape[1] if isinstance(mask, BlockMask) else 0                 # rows of the block mask beyond the sequence, see `even`
+        if more: x, positions = F.pad(x, (0, 0, 0, more)), F.pad(positions, (0, more))
+        return self.qwen(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state[:, :x.shape[1]-more]
 
 # %% ../../nbs/model/42_backbone.ipynb #c999d483
 class RingCache:

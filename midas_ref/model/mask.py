@@ -69,11 +69,13 @@ def block_mask(
     full:bool=False,  # may conditions of a chunk see each other both ways?
     device='cpu',     # of the block tables
     block:int=128,    # tokens of a side of a block
+    even:bool=False,  # lengthen the sequence to whole blocks: what is added belongs to a later chunk, so nobody sees it
 )->BlockMask:         # (1, 1, n, n)
     "The mask for FlexAttention, which skips blocks that nobody may look at."
     _check(chunks, window)
     def mask_mod(b, h, q, k): return visible(*layout.locate(q), *layout.locate(k), window, full)
     n = chunks*layout.tokens
+    if even: n = -(-n//block)*block
     return create_block_mask(mask_mod, None, None, n, n, device=device, BLOCK_SIZE=block)
 
 # %% ../../nbs/model/41_mask.ipynb #99dadcff

@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FREE', 'PEAKS', 'TrainConfig', 'train_preset', 'with_settings', 'deepspeed_config', 'Blocks', 'loader',
-           'Synthetic', 'save_pool', 'read_captions', 'Latents', 'JointStep', 'block_seed', 'spare', 'launched',
-           'Fleet', 'import_deepspeed', 'make_engine', 'on', 'file_sum', 'read_manifest', 'damage', 'checkpoints',
-           'save_checkpoint', 'remove', 'quiet', 'newest', 'same_run', 'start_point', 'to_universal', 'load_checkpoint',
-           'Stop', 'Meter', 'trim_log', 'ScaleRun', 'start_model', 'frozen_parts', 'export_run', 'parameters',
-           'state_bytes', 'activation_bytes', 'mean_keys', 'step_flops', 'MasterEngine', 'step_times', 'bench_train',
-           'kernels', 'plan_lines', 'encoders', 'encoding_note', 'begin_encoding', 'encode_shards', 'scene_shards',
-           'encode_clip', 'clip_shards']
+           'Synthetic', 'save_pool', 'read_captions', 'Latents', 'JointStep', 'block_seed', 'spare', 'block_attention',
+           'launched', 'Fleet', 'import_deepspeed', 'make_engine', 'on', 'file_sum', 'read_manifest', 'damage',
+           'checkpoints', 'save_checkpoint', 'remove', 'quiet', 'newest', 'same_run', 'start_point', 'to_universal',
+           'load_checkpoint', 'Stop', 'Meter', 'trim_log', 'ScaleRun', 'start_model', 'frozen_parts', 'export_run',
+           'parameters', 'state_bytes', 'activation_bytes', 'mean_keys', 'step_flops', 'MasterEngine', 'step_times',
+           'bench_train', 'kernels', 'plan_lines', 'encoders', 'encoding_note', 'begin_encoding', 'encode_shards',
+           'scene_shards', 'encode_clip', 'clip_shards']
 
 # %% ../../nbs/training/51_deepspeed.ipynb #675a4209
 import contextlib, copy, dataclasses, io, json, math, os, shutil, signal, socket, subprocess, sys, time, warnings, zlib
@@ -60,6 +60,8 @@ class TrainConfig:
     precision: str = 'auto'        # 'auto' (bfloat16 on a GPU, float32 on a CPU), 'bfloat16' or 'float32'
     recompute: bool = True         # compute activations again in the backward pass instead of keeping them
     compile: bool = False          # torch.compile each layer
+    spread: bool = False           # FlexAttention: a copy of keys and values for each head of queries, so that the backward pass falls into more pieces
+    even: bool = False             # FlexAttention: sequences lengthened to whole blocks of 128 tokens
     repeats: int = 4               # times that the head learns from each output
     t_kind: str = 'logit_normal'   # where its t comes from
     high: float = 0.               # bias to high noise levels in the first third
@@ -331,6 +333,16 @@ def spare(
     if recompute:
         for m in (*layers, *blocks): m.forward = partial(checkpoint, m.forward, use_reentrant=False)
 
+def block_attention(
+    midas:Midas,       # the model
+    tc:TrainConfig,    # settings
+    gpu:bool,          # FlexAttention is for GPUs
+):
+    "Choose the form of attention; all forms compute the same."
+    midas.backbone.blocks, midas.backbone.even = gpu, tc.even
+    for layer in midas.backbone.qwen.layers: layer.self_attn.spread = tc.spread
+
+
 # %% ../../nbs/training/51_deepspeed.ipynb #71b68216
 def launched()->bool: return 'WORLD_SIZE' in os.environ   # by torchrun or deepspeed, even as one process
 
@@ -402,7 +414,7 @@ def make_engine(
         t = midas.tokens
         for p in (t.place, t.mark, *midas.conditions.placeholder.values()): deepspeed.zero.register_external_parameter(step, p)
     spare(midas, tc.recompute, tc.compile)
-    midas.backbone.blocks = fleet.device != 'cpu'
+    block_attention(midas, tc, fleet.device != 'cpu')
     engine, *_ = deepspeed.initialize(model=step, model_parameters=step.groups(tc.decay), config=deepspeed_config(tc, fleet.device, universal), dist_init_required=False)
     step.settle(fleet.device)
     return engine
@@ -832,7 +844,7 @@ def bench_train(
     if fleet: run = make_engine(midas, source, tc, fleet)
     else:
         spare(midas, tc.recompute, tc.compile)
-        midas.backbone.blocks = gpu
+        block_attention(midas, tc, gpu)
         run = MasterEngine(JointStep(midas, source.activity(), tc).to(device), tc, device)
     mine = range(fleet.rank if fleet else 0, world*(warm + steps)*tc.accumulate, world)                       # as in a run: with equal global batches, equal data
     blocks = [(b, on(source.batch(b*tc.rows, tc.rows), device)) for b in mine]
