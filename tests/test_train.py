@@ -308,17 +308,19 @@ from test_train import numbered, small
 from dataclasses import replace
 from midas_ref.codec.train import join_ranks, rank
 from midas_ref.model.midas import Midas
-from midas_ref.training.train import JointTrainer, Plan, train_model
+from midas_ref.training.train import JointTrainer, Plan, load_run, train_model
 torch.set_num_threads(1); join_ranks()
 torch.manual_seed(rank())                                                          # every process begins elsewhere
 pool = numbered(); pool = replace(pool, latents=torch.randn(3, 36, 128, 2, 2), codes=torch.randn(108, 32))
 trainer = JointTrainer(Midas(small()), pool.activity())
 train_model(trainer, pool, 0, sys.argv[2], plan=Plan((2, 2), (2, 2)), steps=2, say=None)
 torch.save([p.detach() for p in trainer.params] + list(trainer.ema.values()), f'{sys.argv[2]}/rank{rank()}.pt')
+load_run(trainer, sys.argv[2] + '/checkpoint.safetensors')
+torch.save([torch.rand(8, generator=g) for g in (trainer.g, trainer.cpu)], f'{sys.argv[2]}/numbers{rank()}.pt')
 """
 
 def test_processes_stay_equal(tmp_path):
-    "Two processes with other batches, other noise and other first weights end with the same weights."
+    "Two processes with other batches, other noise and other first weights end with the same weights; when they go on, their noise is not the same."
     root = Path(__file__).parents[1]
     (tmp_path/'ranks.py').write_text(RANKS)
     run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', str(tmp_path/'ranks.py'), str(root), str(tmp_path)],
@@ -326,6 +328,8 @@ def test_processes_stay_equal(tmp_path):
     assert run.returncode == 0, run.stderr[:6000]
     a, b = (torch.load(tmp_path/f'rank{k}.pt', weights_only=True) for k in (0, 1))
     assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    a, b = (torch.load(tmp_path/f'numbers{k}.pt', weights_only=True) for k in (0, 1))                          # after going on from a checkpoint, which holds the generators of one
+    assert not any(torch.equal(x, y) for x, y in zip(a, b))
     assert (tmp_path/'midas'/'model.safetensors').is_file()
 
 def test_parts_of_scenes_are_disjoint(scenes):
@@ -432,3 +436,20 @@ def test_beginnings_count_more(pool):
     assert 10 < shapes.count((24, 6)) < 30 and set(shapes) == {(24, 6), (8, 18)}
     never = Plan((8, 3), (4, 3), starts=0.)
     assert {never.draw(pool, .1, 0., g)[0][0].shape[:2] for _ in range(10)} == {(8, 18)}
+
+def test_a_pool_grows(tmp_path):
+    "The pool of tools/tiny.py: files that come later are read, what was there is kept, and batches come from all of them."
+    import importlib.util
+    spec = importlib.util.spec_from_file_location('tiny', Path(__file__).parents[1]/'tools'/'tiny.py')
+    tiny = importlib.util.module_from_spec(spec); spec.loader.exec_module(tiny)
+    whole = numbered(6)
+    part = lambda k: {n: (v if n == 'codes' else v[k:k+2]) for n, v in vars(whole).items() if isinstance(v, torch.Tensor)}
+    tiny.write(tmp_path/'00001.safetensors', part(2))
+    pool = tiny.Grow(tmp_path, 'cpu', 1, every=0.)
+    assert len(pool.pool) == 2
+    tiny.write(tmp_path/'00000.safetensors', part(0)); tiny.write(tmp_path/'00002.safetensors', part(4))
+    latents = pool.batch(64, 3)[0]
+    assert len(pool.pool) == 6 and pool.names == ['00001.safetensors', '00000.safetensors', '00002.safetensors']
+    assert torch.equal(pool.pool.latents, whole.latents[[2, 3, 0, 1, 4, 5]]) and torch.equal(pool.pool.codes, whole.codes)
+    assert {int(v) for v in latents[:, 0, 0, 0, 0]//1000} == set(range(6))
+    assert not list(tmp_path.glob('*.partial'))

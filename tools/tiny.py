@@ -90,9 +90,7 @@ def joint(a):
     pool = Grow(a.pool, device, a.least)
     recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, astray=.3, blind=.12, reader=(.3, .15), short=a.short)
     trainer, plan, lead = T.JointTrainer(midas, pool.activity(), recipe, fast=device != 'cpu'), T.Plan((a.rows, 16), (a.rows, 16), starts=.3), rank() == 0
-    if a.resume:
-        T.load_run(trainer, a.resume)
-        for g in (trainer.g, trainer.cpu): g.manual_seed(1000 + rank())                                        # a checkpoint holds the generators of one process
+    if a.resume: T.load_run(trainer, a.resume)
     log, exam, last, n = RunLog(out) if lead else None, pool.batch(64, 6, 6, torch.Generator(device).manual_seed(99)), -1, 0
     while True:
         done = agree(1. if (out/'stop').exists() else min((time.time() - born)/(60*a.minutes), 1))

@@ -496,6 +496,7 @@ def load_run(
     trainer.stock = unpack_stock(parts.get('stock', {}), trainer.device)
     trainer.g.set_state(parts['random']['device']); trainer.cpu.set_state(parts['random']['cpu'])
     trainer.step = int(safe_open(path, 'pt').metadata()['step'])
+    for g in (trainer.g, trainer.cpu) if rank() else (): g.manual_seed(trainer.r.seed + 1_000_003*rank() + trainer.step)      # the file holds those of process 0, which others must not repeat
 
 # %% ../../nbs/training/50_train.ipynb #4c2e4ccb
 @torch.no_grad()
