@@ -314,6 +314,7 @@ def test_bench_stream(capsys, weights, extra, n):
     status, out, err = run(capsys, 'bench', 'stream', '--weights', weights, '--device', 'cpu', '--dtype', 'float32', '--seconds', '.96', '--warmup', 1, '--no-progress', *extra)
     r = json.loads(out)
     assert status == 0 and not err and r['sessions'] == n and r['seconds'] == pytest.approx(.96) and set(r['stages_ms']) == {'audio', 'prefill', 'head', 'decode', 'step'}
+    assert r['by_minute'] == [r['real_time_factor']]
     assert r['frames_per_second'] > 0 and r['real_time_factor'] > 0 and r['first_frame_ms']['p50'] <= r['first_frame_ms']['p95'] and r['machine'] and r['memory_mb']['peak'] > 50 and r['warmup_chunks'] == 1
     assert r['stages_ms']['decode']['n'] == 12*(1 if '--batched' in extra else n)
 

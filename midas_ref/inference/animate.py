@@ -248,9 +248,10 @@ def bench_stream(
         minute = int(len(spent)*cfg.chunk_seconds//60)
         if minute and f'minute {minute}' not in rss: rss[f'minute {minute}'] = memory().get('now')
     ms = lambda l: dict(n=l.n, p50=round(l.p50, 2), p95=round(l.p95, 2), max=round(l.max, 2))
-    chunk = latency(spent, cfg.chunk_seconds)
+    chunk, minute = latency(spent, cfg.chunk_seconds), max(1, round(60/cfg.chunk_seconds))
+    pace = [round(len(part)*cfg.chunk_seconds/sum(part), 3) for part in (spent[i:i+minute] for i in range(0, count, minute))]
     return dict(machine=machine(dev), torch=torch.__version__, threads=torch.get_num_threads(), dtype=str(midas.codec.mean.dtype).removeprefix('torch.'), preset=cfg.name, size=[cfg.video.height, cfg.video.width], fps=cfg.video.fps,
                 sessions=sessions, batched=batched, overlap=overlap, fast=fast, frames_per_chunk=cfg.frames_per_chunk, seconds=count*cfg.chunk_seconds, warmup_chunks=warmup,
                 first_frame_ms=ms(latency(waits)), chunk_ms=ms(chunk) | dict(late=round(chunk.missed, 4)), stages_ms={k: ms(v) for k, v in clock.table().items()},
-                frames_per_second=round(sessions*count*cfg.frames_per_chunk/sum(spent), 2), real_time_factor=round(count*cfg.chunk_seconds/sum(spent), 3),
+                frames_per_second=round(sessions*count*cfg.frames_per_chunk/sum(spent), 2), real_time_factor=round(count*cfg.chunk_seconds/sum(spent), 3), by_minute=pace,
                 state_mb=round(held()/1e6, 3), memory_mb={k: v and round(v, 1) for k, v in rss.items()} | {k: round(v, 1) for k, v in memory().items()})
