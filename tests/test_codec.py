@@ -566,7 +566,7 @@ def test_the_adversary_has_a_fixed_share_of_the_gradient(monkeypatch):
     assert pulled(0., 1.) == (0., set())
     assert all(p.grad is None for p in trainer.critic.parameters())            # it learns from its own loss alone
     whole = T.pull
-    monkeypatch.setattr(T, 'pull', lambda y, loss, critic, share: asked.append(share) or whole(y, loss, critic, share))
+    monkeypatch.setattr(T, 'pull', lambda y, loss, critic, share, beside=None: asked.append(share) or whole(y, loss, critic, share, beside))
     for progress in (.5, .66, .71, .9): trainer.update(torch.rand(2, 3, 64, 64), torch.rand(2, 2, 64, 64), progress)
     assert asked == pytest.approx([0, 0, .1, .2])
 
