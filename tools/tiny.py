@@ -46,7 +46,7 @@ def scenes(a):
 
 @torch.no_grad()
 def draw(a):
-    "Every file of scenes becomes a file of the pool, played by people of whom a third are new each time; a second process may begin at the other end."
+    "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; a second process may begin at the other end."
     source, out = Path(a.scenes), Path(a.out); out.mkdir(parents=True, exist_ok=True)
     midas = T.new_midas('tiny', weights=a.weights).to(a.device)
     people, who, done = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu'), 0, set()

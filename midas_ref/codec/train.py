@@ -359,7 +359,7 @@ class SpatialTrainer(Drawing):
         home:nn.Module|None=None,  # encoder of a `VideoDCAE` from whose latents the new ones shall not stray, see `w['stray']`
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
-        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.05, detail=.1, feature=.06, critic=.2, change=1., stray=1.)   # that of the critic is the share of `pull`
+        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.05, detail=.1, feature=.06, critic=.2, change=1.) | ({} if home is None else dict(stray=1.))   # that of the critic is the share of `pull`
         self.home = home and (Compiled(home) if fuse else home)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -732,7 +732,8 @@ def codec_trainer(
     if keep: kw['home'] = load_dcae(start, cfg, VideoDCAE).to(device).channels_last().eval().requires_grad_(False).encoder
     model, probe = model.to(device).channels_last().train(), probe or load_probe('a')
     trainer = SpatialTrainer(model, probe, lr, seed=seed, **kw) if stage == 1 else ClipTrainer(model, probe, lr, parts or {2: 'time', 3: 'all'}[stage], seed=seed, **kw)
-    trainer.settled, trainer.w['stray'] = not start, keep
+    trainer.settled = not start
+    if keep: trainer.w['stray'] = keep
     return trainer
 
 # %% ../../nbs/codec/24_train.ipynb #b1490b11
