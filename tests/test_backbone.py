@@ -323,7 +323,7 @@ def test_weights_that_are_not_there(tmp_path):
 def test_all_forms_of_block_attention_agree():
     "FlexAttention, with keys repeated for each head, in sequences of whole blocks: the same as a mask that says it all."
     layout = Layout((('audio', 9), ('text', 5)), frame_tokens=9, frames=3)                # 50 tokens a chunk: 5 of them are no whole blocks of 128
-    cfg = BackboneConfig(width=64, layers=2, heads=4, kv_heads=1, head_dim=16, ffn=48, name='')
+    cfg = BackboneConfig(width=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=48, name='')
     net, x = make(layout, 2, cfg), rand(2, 250, 64)
     def run(blocks=False, even=False, spread=False):
         net.blocks, net.even = blocks, even
