@@ -9,19 +9,14 @@
 import argparse, subprocess, sys, time
 from pathlib import Path
 import torch
-from safetensors.torch import save_file
 from midas_ref.codec.dcae import read_safetensors
 from midas_ref.codec.train import RunLog, agree, join_ranks, rank
 from midas_ref.conditions.audio import load_audio_weights
 from midas_ref.data.probes import WEIGHTS, People, mouth_pool
 from midas_ref.training import train as T
+from midas_ref.training.scale import save_pool
 
 EACH = 80   # scenes of a file
-
-def write(path:Path, tensors:dict):
-    "Appears when it is complete."
-    part = path.with_suffix('.partial')
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part); part.replace(path)
 
 def writer(a):
     "Write the files whose number is mine; one whose script has crashed espeak-ng once is left out."
@@ -56,7 +51,7 @@ def draw(a):
         done.add(ready[0].stem)
         if (out/ready[0].name).exists(): continue
         pool = T.draw_pool(T.Scenes.load(ready[0]), people, midas)
-        write(out/ready[0].name, {k: v.half() if k in ('velocity', 'place', 'shown') else v for k, v in vars(pool).items() if isinstance(v, torch.Tensor)})
+        save_pool(pool, out/ready[0].name, codes=pool.codes)
         for _ in range(EACH//3): people.replace(who := (who + 1) % EACH)
     print('drawn', len(done), 'files; people up to', people.next, flush=True)
 
@@ -72,9 +67,10 @@ class Grow:
         self.at = time.time()
         new = [p for p in sorted(self.folder.glob('*.safetensors')) if p.name not in self.names]
         if not new: return
-        parts = [{k: v.to(self.device) for k, v in read_safetensors(p).items()} for p in new]
+        exact = dict(velocity=torch.float32, place=torch.float32, shown=torch.float32, audio=torch.int64)       # the rest stays as it is stored
+        parts = [{k: v.to(self.device, exact.get(k, v.dtype)) for k, v in read_safetensors(p).items()} for p in new]
         old = [] if self.pool is None else [vars(self.pool)]
-        both = {k: parts[0][k] if k == 'codes' else torch.cat([d[k].float() if k in ('velocity', 'place', 'shown') else d[k] for d in (*old, *parts)]) for k in parts[0]}
+        both = {k: parts[0][k] if k == 'codes' else torch.cat([d[k] for d in (*old, *parts)]) for k in parts[0]}
         self.pool = T.Pool(**both, codec_hash=''); self.names += [p.name for p in new]
 
     def __getattr__(self, name): return getattr(self.pool, name)
