@@ -291,6 +291,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'midas_ref.codec.train.exam': ('codec/train.html#exam', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.exam_hash': ('codec/train.html#exam_hash', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.face_masks': ('codec/train.html#face_masks', 'midas_ref/codec/train.py'),
+                                       'midas_ref.codec.train.fine': ('codec/train.html#fine', 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.freckles_kept': ( 'codec/train.html#freckles_kept',
                                                                                 'midas_ref/codec/train.py'),
                                        'midas_ref.codec.train.grain': ('codec/train.html#grain', 'midas_ref/codec/train.py'),
