@@ -157,7 +157,7 @@ def test_resume_is_exact(pool, tmp_path):
     assert run(a, pool, 3) == losses[:3]
     save_run(a, tmp_path/'c.safetensors'); run(b, pool, 1); load_run(b, tmp_path/'c.safetensors')
     assert same(a, b) and run(b, pool, 3) == losses[3:] and same(b, straight)
-    assert pool.pool.audio.dtype == torch.int64 and pool.pool.velocity.dtype == torch.float32 and len(list(tmp_path.iterdir())) == 3
+    assert not list(tmp_path.glob('*.partial'))
 
 def test_muon_is_exact_too_and_takes_the_inner_matrices(pool, tmp_path):
     a, b, plain = fresh(pool, muon=2.), fresh(pool, muon=2.), fresh(pool)
