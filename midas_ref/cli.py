@@ -463,7 +463,7 @@ WEIGHTS_OPTION = option('--weights', '--preset', dest='weights', metavar='WHERE'
 PLACE = (option('--device', help='auto, cpu, cuda or cuda:N (default: that of settings.ini)'), option('--dtype', choices=('auto', 'float32', 'bfloat16'), help='number type (default: that of settings.ini)'))
 CHUNK = (option('--frames', type=number(int, 1, 48), metavar='N', help='frames of a chunk, such as 1, 2, 3 or 6: fewer react faster and cost more (default: that of the weights)'),
          option('--level', type=number(int, 0, 19), default=8, metavar='N', help='noise level at which frames are remembered, 0 to 19: higher drifts less and is softer (default 8)'),
-         option('--overlap', action=argparse.BooleanOptionalAction, default=False, help='decode in a second thread (default no)'),
+         option('--overlap', action=argparse.BooleanOptionalAction, help='decode in a second thread (default: on a CPU of which two cores or more may be used)'),
          option('--fast', action=argparse.BooleanOptionalAction, default=False, help='on a GPU: replay each frame from a recording (default no)'))
 
 @command('animate', 'portrait and voice in, talking video out', 'midas-ref animate data_samples/portraits/mira.png data_samples/speech/en-us.flac -o out.mp4\nmidas-ref animate me.jpg talk.mp4 -o out.webm --expression happy --seed 7\nmidas-ref animate me.png voice.wav -o out.mp4 --weights runs/1/midas --device cuda --frames 2',
@@ -482,13 +482,13 @@ def animate_command(a):
     for f, what in ((a.portrait, 'a picture'), (a.audio, 'a recording')):
         if not Path(f).is_file(): raise FileNotFoundError(f"{f} {'is a folder' if Path(f).is_dir() else 'does not exist'}; give {what}.")
     from midas_ref.inference import animate as A
+    from midas_ref.inference.session import two_cores
     warn = lambda text: print(f'midas-ref: {text}', file=sys.stderr)
     midas = A.load_model(a.weights, a.device, a.dtype)
     face = load_portrait(a.portrait, (midas.cfg.video.height, midas.cfg.video.width))
     if face.note: warn(f'{a.portrait}: {face.note}')
     if A.drawn(midas, face) is False: warn(f'{a.portrait} looks like a photograph; these weights have only seen drawn people, so the video will show somebody else.')
-    A.share_cores(a.overlap, midas.codec.mean.device)
-    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast)
+    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=two_cores(midas.codec.mean.device) if a.overlap is None else a.overlap, fast=a.fast)
     voice = A.load_voice(a.audio, session.midas.cfg.chunk_seconds, a.silent)
     session.steer(a.text, None if a.pose is None else A.read_pose(a.pose, midas.cfg.video.fps, midas.pose.shape), expression=a.expression)
     run = A.animate(session, voice, a.out, a.mark, a.progress)
@@ -503,13 +503,13 @@ def animate_command(a):
 def bench_stream(a):
     "Print the figures of page 62 as JSON."
     from midas_ref.inference import animate as A
+    from midas_ref.inference.session import two_cores
     if a.preset and a.weights: raise ValueError("--preset and --weights were both given; weights bring their own sizes.")
     where = a.weights or a.preset or 'tiny'
     trained = bool(a.weights) or where == 'tiny' and (A.WEIGHTS/'midas'/'model.safetensors').is_file()
     if not trained: print(f'midas-ref: there are no trained weights for {where!r}; random ones are measured, which take the same time.', file=sys.stderr)
     midas = A.load_model(where, a.device, a.dtype) if trained else A.random_model(where, a.device, a.dtype)
-    A.share_cores(a.overlap, midas.codec.mean.device)
-    r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, a.overlap, a.level, a.warmup, a.progress, a.fast)
+    r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, two_cores(midas.codec.mean.device) if a.overlap is None else a.overlap, a.level, a.warmup, a.progress, a.fast)
     print(json.dumps(dict(weights=where if trained else 'random', **r), indent=1))
 
 # %% ../nbs/90_cli.ipynb #a72fe088

@@ -270,6 +270,15 @@ def test_head_errors(kind):
     with pytest.raises(ValueError, match="'dit' or 'mlp'"): HeadConfig(kind='unet')
     with pytest.raises(ValueError, match='a multiple of 4'): DiTHead(HeadConfig(width=6, heads=2), 4, 4, 1, 1)
 
+def test_known_times_are_the_same_network():
+    head = shake(make_head(SMALL, 16, 8, 2, 3))
+    x, z = torch.randn(2, 6, 8), torch.randn(2, 6, 16)
+    flows = head.at([1., .3, 0.], z)
+    for t, f in zip((1., .3, 0.), flows): assert gap(f(x), head(x, torch.full((2,), t), z)) < 1e-5
+    assert gap(flows[0](x), flows[1](x)) > 1e-2
+    assert gap(sample(head, z, x), sample(lambda *a: head(*a), z, x)) < 1e-5
+    with pytest.raises(ValueError, match='z has shape'): head.at([1.], z[:, :5])
+
 @pytest.mark.parametrize('kind', ['dit', 'mlp'])
 def test_sampler_is_one_graph(kind):
     "No decision on data, no number fetched from a device: the tracer finds one graph without a break."

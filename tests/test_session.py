@@ -1,5 +1,6 @@
 "Live sessions: one answer for every cut of the sound, equal to the slow reference, alone, in turns, in a batch and with a second thread; wishes act at the next chunk."
-import dataclasses, threading
+import dataclasses, subprocess, sys, threading
+from pathlib import Path
 import numpy as np, pytest, torch
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
@@ -107,9 +108,37 @@ def test_the_same_wish_is_read_once(midas, sound, monkeypatch):
 
 def test_an_error_in_the_second_thread_comes_to_the_caller(midas, sound, monkeypatch):
     import midas_ref.inference.session as S
-    def fail(*a, **k): raise RuntimeError(f'no decoder in {threading.current_thread().name}')
+    threads, real = torch.get_num_threads(), S.decode_frame
+    def fail(*a, **k):
+        if threading.current_thread() is threading.main_thread(): return real(*a, **k)
+        raise RuntimeError(f'no decoder in {threading.current_thread().name}')
     monkeypatch.setattr(S, 'decode_frame', fail)
-    with pytest.raises(RuntimeError, match='no decoder in decoder'): Session(midas, face(0), overlap=True).push(sound[:N])
+    frames = Session(midas, face(0), overlap=True).stream(sound[:N])
+    next(frames)                                               # the first is decoded here
+    with pytest.raises(RuntimeError, match='no decoder in decoder'): next(frames)
+    assert torch.get_num_threads() == threads
+
+def test_two_threads_take_half_of_the_cores_each():
+    "And this one has all of them back afterwards, also after an error."
+    code = """
+import torch; from concurrent.futures import ThreadPoolExecutor; from midas_ref.inference.session import beside
+torch.set_num_threads(5)
+with beside(ThreadPoolExecutor(1), lambda *x: (x, torch.get_num_threads()), 1, 2) as f: print(torch.get_num_threads(), *f.result())
+try:
+    with beside(ThreadPoolExecutor(1), print): raise KeyError
+except KeyError: print(torch.get_num_threads())
+torch.set_num_threads(1)
+with beside(ThreadPoolExecutor(1), torch.get_num_threads) as f: print(torch.get_num_threads(), f.result())
+"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    assert [x for x in out.splitlines() if x] == ['2 (1, 2) 3', '5', '1 1']
+
+def test_only_frames_that_nobody_waits_for_are_decoded_aside(midas, sound, monkeypatch):
+    import midas_ref.inference.session as S
+    where, real = [], S.decode_frame
+    monkeypatch.setattr(S, 'decode_frame', lambda *a, **k: (where.append(threading.current_thread() is threading.main_thread()), real(*a, **k))[1])
+    Session(midas, face(0), overlap=True).push(sound[:N]); Session(midas, face(0), frames=1, overlap=True).push(sound[:N//6])
+    assert where == [True, False, False, False, False, True] + [True]
 
 def test_four_in_turns_and_four_in_a_batch_equal_four_alone(midas, sound):
     parts = [np.roll(sound, 999*i)[:3*N] for i in range(4)]

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['Streams', 'open_streams', 'join_streams', 'split_streams', 'StageClock', 'untimed', 'record', 'FrameCalls',
-           'draw_chunk', 'generate_offline', 'Wishes', 'Session', 'to_bytes', 'picture']
+           'two_cores', 'beside', 'draw_chunk', 'generate_offline', 'Wishes', 'Session', 'to_bytes', 'picture']
 
 # %% ../../nbs/inference/60_session.ipynb #55c9dc10
-import time
+import os, time
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -135,6 +135,25 @@ class FrameCalls:
     def decode(self, z): return self.call(self.show, z)                                                        # as `decode_frame`
 
 # %% ../../nbs/inference/60_session.ipynb #f5cd6587
+def two_cores(
+    device,   # of the model
+)->bool:
+    "Whether a second thread is worth it: on a CPU of which we may use two cores, and whose threads wait for each other asleep."
+    return torch.device(device).type == 'cpu' and torch.get_num_threads() > 1 and os.environ.get('OMP_WAIT_POLICY', '').lower() == 'passive'
+
+@contextmanager
+def beside(
+    pool,         # an executor
+    f, *inputs,   # a call
+):
+    "Have a call done in another thread meanwhile, each of the two with half of the cores; gives its future."
+    cores = torch.get_num_threads()
+    own = max(1, cores//2)
+    def call(): torch.set_num_threads(max(1, cores - own)); return f(*inputs)
+    torch.set_num_threads(own)
+    try: yield pool.submit(call)
+    finally: torch.set_num_threads(cores)
+
 @torch.no_grad()
 def draw_chunk(
     midas:Midas,           # or one of its `with_frames`
@@ -154,14 +173,18 @@ def draw_chunk(
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
     with clock('audio'): heard = midas.audio(samples, streams.audio).vectors
     with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
-    with clock('head'): x0 = calls.draw(z)
-    for i in range(f):
-        frame = pool.submit(decode, x0) if pool else decode(x0)
-        if not pool: yield frame
+    def after(x0, i):
         with clock('step'): z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
         if i < f-1:
-            with clock('head'): x0 = calls.draw(z)
-        if pool: yield frame.result()
+            with clock('head'): return calls.draw(z)
+    with clock('head'): x0 = calls.draw(z)
+    for i in range(f):
+        if pool and 0 < i < f-1:                              # the first frame is waited for, and nothing is drawn after the last
+            with beside(pool, decode, x0) as frame: x0, frame = after(x0, i), frame.result()
+            yield frame
+        else:
+            yield decode(x0)
+            x0 = after(x0, i)
 
 # %% ../../nbs/inference/60_session.ipynb #98862e59
 @torch.no_grad()
@@ -245,7 +268,7 @@ class Session(Wishes):
         level:int=MEMORY_LEVEL,  # noise level at which frames are remembered: higher drifts less and is softer
         steps:int|None=None,     # denoising steps; None: as the configuration says
         clock=untimed,           # a `StageClock` to measure with
-        overlap:bool=False,      # decode in a second thread while the next frame is drawn: more frames a second where a core is free
+        overlap:bool=False,      # decode in a second thread while the next frame is drawn: see `two_cores`
         fast:bool=False,         # on a GPU: record the calls of a frame as CUDA graphs, which takes some seconds in the first chunk; elsewhere no difference
     ):
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level)

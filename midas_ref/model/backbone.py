@@ -56,7 +56,7 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     query = rearrange(query, 'b (k g) s d -> b k (g s) d', g=group)              # few queries, many keys: fold the group into the queries
-    folded = repeat(attention_mask, 'b one s n -> b one (g s) n', g=group)       # instead of copying the cache for each head
+    folded = attention_mask if attention_mask.shape[2] == group*new else repeat(attention_mask, 'b one s n -> b one (g s) n', g=group)   # instead of copying the cache for each head
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=folded, dropout_p=kwargs.get('dropout', 0.), scale=kwargs.get('scaling'))
     return rearrange(y, 'b k (g s) d -> b s (k g) d', g=group), None
 
@@ -179,7 +179,8 @@ class RingQwen(MaskedQwen):
         "Write tokens to the ring and attend to it."
         slots = ring_slots(self.layout, self.window, chunk, place)
         owner.scatter_(1, slots, torch.where(live, chunk + 1, owner.gather(1, slots)))
-        mask = ring_mask(self.layout, self.window, chunk, place, owner, self.full)
+        see = repeat(ring_mask(self.layout, self.window, chunk, place, owner, self.full), 'b one s n -> b one (g s) n', g=self.cfg.heads//self.cfg.kv_heads)
+        mask = torch.zeros_like(see, dtype=x.dtype).masked_fill_(~see, -torch.inf)              # as `attend` wants it, once for all layers
         positions = chunk*self.layout.tokens + place
         return self.qwen(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=RingCache(kv, slots)).last_hidden_state
 

@@ -6,6 +6,7 @@ __all__ = ['HEADS', 'sinusoid', 'modulate', 'start_quiet', 'TokenHead', 'MLPBloc
 
 # %% ../../nbs/model/45_head.ipynb #9ef78257
 import math
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -14,12 +15,12 @@ from ..config import HeadConfig
 
 # %% ../../nbs/model/45_head.ipynb #22d0e153
 def sinusoid(
-    t:Tensor,        # time, 0 to 1, (b,)
+    t:Tensor,        # time, 0 to 1, any shape
     width:int=256,   # numbers per time
-)->Tensor:           # float32, (b, width): cosines, then sines
+)->Tensor:           # float32, (..., width): cosines, then sines
     "Waves of geometric wavelengths over 1000 t, always in float32."
     f = torch.exp(-math.log(10_000) * torch.arange(width//2, device=t.device, dtype=torch.float32) / (width//2))
-    a = 1000*t.float()[:, None] * f
+    a = 1000*t.float()[..., None] * f
     return torch.cat([a.cos(), a.sin()], -1)
 
 # %% ../../nbs/model/45_head.ipynb #ceb9efb4
@@ -58,12 +59,21 @@ class TokenHead(nn.Module):
         self.embed, self.cond = nn.Linear(channels, d), nn.Linear(cond, d)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
 
-    def enter(self, x:Tensor, t:Tensor, z:Tensor)->tuple:
-        "Embedded tokens and what conditions them, both (b, n, d); raises unless x is (b, n, c), t (b,) and z (b, n, cond)."
-        b, w = x.shape[0], self.embed.weight
-        for name, given, want in (('x', x, (b, self.tokens, self.channels)), ('t', t, (b,)), ('z', z, (b, self.tokens, self.cond_width))):
-            if tuple(given.shape) != want: raise ValueError(f"{name} has shape {tuple(given.shape)}; this head accepts {want}.")
-        return self.embed(x.to(w.dtype)), self.time(sinusoid(t).to(w.dtype))[:, None] + self.cond(z.to(w.dtype))
+    def check(self, **given):
+        "Raise unless x is (b, n, c), t (b,) and z (b, n, cond), as far as they are given."
+        b = len(next(iter(given.values())))
+        want = dict(x=(b, self.tokens, self.channels), t=(b,), z=(b, self.tokens, self.cond_width))
+        for k, v in given.items():
+            if tuple(v.shape) != want[k]: raise ValueError(f"{k} has shape {tuple(v.shape)}; this head accepts {want[k]}.")
+
+    def condition(self, t:Tensor, z:Tensor)->Tensor:
+        "What conditions the tokens: t (..., b) and z (b, n, cond) to (..., b, n, d)."
+        w = self.embed.weight
+        return self.time(sinusoid(t).to(w.dtype))[..., None, :] + self.cond(z.to(w.dtype))
+
+    def enter(self, x:Tensor)->Tensor:
+        "Embedded tokens, (b, n, c) to (b, n, d)."
+        return self.embed(x.to(self.embed.weight.dtype))
 
     def leave(self, h:Tensor, shift:Tensor, scale:Tensor)->Tensor:
         "A last modulated norm and a layer to the channels, (b, n, d) to (b, n, c)."
@@ -105,7 +115,8 @@ class MLPHead(TokenHead):
         z:Tensor,  # hidden state of each token, (b, n, cond)
     )->Tensor:     # velocity, (b, n, c)
         "Predict noise minus data."
-        h, e = self.enter(x, t, z)
+        self.check(x=x, t=t, z=z)
+        h, e = self.enter(x), self.condition(t, z)
         for block in self.blocks: h = block(h, e)
         shift, scale = self.modulation(F.silu(e)).chunk(2, -1)
         return self.leave(h, shift, scale)
@@ -165,18 +176,34 @@ class DiTHead(TokenHead):
         self.table, self.out = nn.Parameter(torch.zeros(2, d)), nn.Linear(d, channels)
         start_quiet(self)
 
+    def guide(self, e:Tensor)->tuple:
+        "What steers the blocks, (..., 6, d), and the way out, (..., 2, d)."
+        return self.modulation(F.silu(e)).unflatten(-1, (6, -1)), self.table + e[..., None, :]
+
+    def denoise(self, mod:Tensor, ends:Tensor, x:Tensor)->Tensor:
+        "One step, all of whose conditions are known."
+        h = self.enter(x)
+        h = h + self.positions.to(h)
+        for block in self.blocks: h = block(h, mod)
+        return self.leave(h, *ends.unbind(-2))
+
     def forward(self,
         x:Tensor,  # noised latents, (b, n, c)
         t:Tensor,  # time of each row, 0 (data) to 1 (noise), (b,)
         z:Tensor,  # hidden state of each token, (b, n, cond)
     )->Tensor:     # velocity, (b, n, c)
         "Predict noise minus data."
-        h, e = self.enter(x, t, z)
-        mod = rearrange(self.modulation(F.silu(e)), 'b n (six d) -> b n six d', six=6)
-        h = h + self.positions.to(h)
-        for block in self.blocks: h = block(h, mod)
-        shift, scale = (self.table + e[:, :, None]).unbind(-2)
-        return self.leave(h, shift, scale)
+        self.check(x=x, t=t, z=z)
+        return self.denoise(*self.guide(self.condition(t, z)), x)
+
+    def at(self,
+        times:list,  # plain numbers, 0 to 1
+        z:Tensor,    # hidden state of each token, (b, n, cond)
+    )->list:         # for each time a function of x, (b, n, c), that gives the velocity
+        "The same network at known times: what does not depend on x is computed for all of them in one go."
+        self.check(z=z)
+        t = torch.stack([torch.full((1,), t, device=z.device) for t in times])
+        return [partial(self.denoise, mod, ends) for mod, ends in zip(*self.guide(self.condition(t, z)))]
 
 # %% ../../nbs/model/45_head.ipynb #a3500cbe
 HEADS = dict(dit=DiTHead, mlp=MLPHead)  # kind -> class
