@@ -422,6 +422,20 @@ def test_the_past_can_be_a_stream_of_the_model(pool, tmp_path):
     again = new(); load_run(again, tmp_path/'c.safetensors')
     assert [again.update(draw(again), .6)['flow'].item() for _ in range(3)] == losses
 
+def test_a_live_past_is_told_everything(pool):
+    "Nothing that was known when it was drawn is dropped, and sequences without a way from the portrait weigh nothing."
+    r = Recipe(warm=1, lr=3e-3, own=0., own_from=.5, rollout=1., renew=1, first=3.)
+    ways = dataclasses.replace(pool, place=torch.randn(3, 36, 12, 2), shown=torch.zeros(3, 2, 12, 2), places=.5)
+    t, seen = (torch.manual_seed(5), JointTrainer(Midas(small()), pool.activity(), r))[1], []
+    whole = t.model.forward
+    t.lengths[6].forward = lambda *a, **kw: seen.append((a[2]['pose'].moved, a[3], t.model.conditions.training)) or whole(*a, **kw)
+    t.update(lambda: (ways.batch(6, 3, generator=t.g), 6), .6)
+    t.loss(ways.batch(6, 3), .4)
+    told = seen[0][0].isfinite().flatten(1).any(1)
+    assert 0 < told.sum() < 6 and [x[2] for x in seen] == [False, True] and t.model.conditions.training
+    assert seen[0][1].shape == (6, 18, *t.weight.shape) and torch.equal(seen[0][1].flatten(1).any(1), told)
+    assert torch.allclose(seen[0][1][told][0].mean(0), t.weight*t.calm) and seen[1][1].shape[0] == 18
+
 def test_beginnings_count_more(pool):
     "The first chunk has three times the weight of the others, the mean stays, and a plan draws short sequences now and then."
     w = first_weight(12, 6, 3.).flatten()

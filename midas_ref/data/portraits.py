@@ -661,14 +661,17 @@ def bake_views(
 def freckles(
     x: Tensor, # place in face units, (h, w)
     y: Tensor, # the same upwards, (h, w)
-    count: int = 90, # of them
+    count: int = 30, # of them
 ) -> Tensor: # (h, w) in 0..1
-    "Round spots on cheeks and nose, 2 to 5 pixels wide in a picture of 256: about as fine as a 64x codec can keep; the same ones in every face."
-    g = torch.Generator().manual_seed(PATTERNS * 5)
-    cx, cy = 0.30 * torch.randn(count, generator=g), -0.21 + 0.13 * torch.randn(count, generator=g)
-    r, dark = 0.014 + 0.020 * torch.rand(count, generator=g) ** 2, 0.5 + 0.5 * torch.rand(count, generator=g)
+    "Round spots on cheeks and nose, 3 to 5 pixels wide in a picture of 256 and well apart: about as fine as a 64x codec can keep; the same ones in every face."
+    g, places = torch.Generator().manual_seed(PATTERNS * 5), []
+    while len(places) < count:
+        a, b = (torch.rand(2, generator=g) * torch.tensor([1.16, 0.40]) - torch.tensor([0.58, 0.41])).tolist()
+        cheek = ((abs(a) - 0.30) / 0.27) ** 2 + ((b + 0.22) / 0.16) ** 2 < 1
+        if (cheek or abs(a) < 0.10 and -0.30 < b < -0.02) and all(math.hypot(a - c, b - d) > 0.072 for c, d in places): places.append((a, b))
+    r, dark = 0.0215 + 0.013 * torch.rand(count, generator=g), 0.65 + 0.35 * torch.rand(count, generator=g)
     out = torch.zeros_like(x)
-    for a, b, c, d in zip(cx.tolist(), cy.tolist(), r.tolist(), dark.tolist()):
+    for (a, b), c, d in zip(places, r.tolist(), dark.tolist()):
         out = torch.maximum(out, d * step(1.4, 0.6, ((x - a) ** 2 + (y - b) ** 2).sqrt() / c))
     return out
 
