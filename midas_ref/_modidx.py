@@ -1839,6 +1839,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'midas_ref.training.train.Past': ('training/train.html#past', 'midas_ref/training/train.py'),
                                           'midas_ref.training.train.Past.context': ( 'training/train.html#past.context',
                                                                                      'midas_ref/training/train.py'),
+                                          'midas_ref.training.train.Past.drawn': ( 'training/train.html#past.drawn',
+                                                                                   'midas_ref/training/train.py'),
                                           'midas_ref.training.train.Past.live': ( 'training/train.html#past.live',
                                                                                   'midas_ref/training/train.py'),
                                           'midas_ref.training.train.Plan': ('training/train.html#plan', 'midas_ref/training/train.py'),

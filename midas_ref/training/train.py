@@ -376,6 +376,12 @@ class Past:
         self.model.train(was)
         return own.half()
 
+    def drawn(self)->tuple:   # batch, own frames (b, t, c, h, w), weights
+        "One of the batches drawn live, with the weights of what the truth beside it can say."
+        batch, own = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
+        weight, way = self.weight*self.calm, batch[2]['pose'].moved
+        return batch, own, weight if way is None else weight*torch.isfinite(way).flatten(1).any(1)[:, None, None, None]     # who is not told where the head shall be cannot find back
+
 
 # %% ../../nbs/training/50_train.ipynb #e9728067
 class JointTrainer(Past):
@@ -410,10 +416,7 @@ class JointTrainer(Past):
         r, high = self.r, self.r.high*max(0., 1 - 3*progress)
         late, seen, weight = progress > r.own_from and model is self.model, None, self.weight
         live = bool(late and r.rollout and self.stock and torch.rand((), generator=self.cpu) < r.rollout)
-        if live:
-            batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
-            weight = self.weight*self.calm
-            if (way := batch[2]['pose'].moved) is not None: weight = weight*torch.isfinite(way).flatten(1).any(1)[:, None, None, None]     # who is not told where the head shall be cannot find back
+        if live: batch, seen, weight = self.drawn()
         latents, reference, signals, face = batch
         if r.first != 1: weight = weight*first_weight(latents.shape[1], model.layout.frames, r.first, self.device)
         passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late and r.own else 0
@@ -421,7 +424,6 @@ class JointTrainer(Past):
             seen = self.context(latents, reference, signals, passes) if seen is None else seen.to(latents)
             model.conditions.train(model.training and not live)                         # a live past was drawn with everything told
             with nullcontext() if model is self.model else eager(): out = model(latents, reference, signals, weight, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
-            model.conditions.train(model.training)
             heard = self.reader(out['z'].mean(2)).float()
         known = torch.isfinite(face)
         read = ((heard - torch.where(known, face, 0.)).square()*known).sum()/known.sum().clamp(min=1)
