@@ -175,9 +175,9 @@ class Live:
     # ---- called by the worker only
 
     def _open(self, frames):
-        from midas_ref.inference.session import Session, StageClock, two_cores
+        from midas_ref.inference.session import Session, StageClock
         self.stage = StageClock(self.hub.device, keep=120)
-        self.frames, self.session = frames, Session(self.hub.midas, self.portrait, seed=secrets.randbelow(2**31), frames=frames, level=self.level, clock=self.stage, overlap=two_cores(self.hub.device))
+        self.frames, self.session = frames, Session(self.hub.midas, self.portrait, seed=secrets.randbelow(2**31), frames=frames, level=self.level, clock=self.stage)
         self.size, self.step = self.session.midas.cfg.chunk_samples, self.session.midas.cfg.chunk_samples//frames
 
     def _take(self, y):
@@ -404,8 +404,8 @@ class Hub:
             self.levels, self.fps = cfg.noise.levels, cfg.video.fps
             self.chunks = tuple(f for f in CHUNKS if f <= cfg.frames_per_chunk and cfg.window_frames % f == 0 and (f/cfg.video.fps/cfg.audio.token_seconds) % 1 < 1e-9)
             self.state, self.note = 'warming', 'Warming up: drawing a first chunk.'
-            from midas_ref.inference.session import Session, two_cores
-            s = Session(self.midas, torch.zeros(3, cfg.video.height, cfg.video.width), seed=0, overlap=two_cores(self.device))
+            from midas_ref.inference.session import Session
+            s = Session(self.midas, torch.zeros(3, cfg.video.height, cfg.video.width), seed=0)
             s.push(np.zeros(cfg.chunk_samples, np.float32))
             begun = time.perf_counter(); s.push(np.zeros(cfg.chunk_samples, np.float32))
             self.pace = (time.perf_counter() - begun)/cfg.chunk_seconds

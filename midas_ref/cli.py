@@ -482,13 +482,12 @@ def animate_command(a):
     for f, what in ((a.portrait, 'a picture'), (a.audio, 'a recording')):
         if not Path(f).is_file(): raise FileNotFoundError(f"{f} {'is a folder' if Path(f).is_dir() else 'does not exist'}; give {what}.")
     from midas_ref.inference import animate as A
-    from midas_ref.inference.session import two_cores
     warn = lambda text: print(f'midas-ref: {text}', file=sys.stderr)
     midas = A.load_model(a.weights, a.device, a.dtype)
     face = load_portrait(a.portrait, (midas.cfg.video.height, midas.cfg.video.width))
     if face.note: warn(f'{a.portrait}: {face.note}')
     if A.drawn(midas, face) is False: warn(f'{a.portrait} looks like a photograph; these weights have only seen drawn people, so the video will show somebody else.')
-    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=two_cores(midas.codec.mean.device) if a.overlap is None else a.overlap, fast=a.fast)
+    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast)
     voice = A.load_voice(a.audio, session.midas.cfg.chunk_seconds, a.silent)
     session.steer(a.text, None if a.pose is None else A.read_pose(a.pose, midas.cfg.video.fps, midas.pose.shape), expression=a.expression)
     run = A.animate(session, voice, a.out, a.mark, a.progress)
@@ -503,13 +502,12 @@ def animate_command(a):
 def bench_stream(a):
     "Print the figures of page 62 as JSON."
     from midas_ref.inference import animate as A
-    from midas_ref.inference.session import two_cores
     if a.preset and a.weights: raise ValueError("--preset and --weights were both given; weights bring their own sizes.")
     where = a.weights or a.preset or 'tiny'
     trained = bool(a.weights) or where == 'tiny' and (A.WEIGHTS/'midas'/'model.safetensors').is_file()
     if not trained: print(f'midas-ref: there are no trained weights for {where!r}; random ones are measured, which take the same time.', file=sys.stderr)
     midas = A.load_model(where, a.device, a.dtype) if trained else A.random_model(where, a.device, a.dtype)
-    r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, two_cores(midas.codec.mean.device) if a.overlap is None else a.overlap, a.level, a.warmup, a.progress, a.fast)
+    r = A.bench_stream(midas, a.seconds, a.sessions, a.batched, a.frames, a.overlap, a.level, a.warmup, a.progress, a.fast)
     print(json.dumps(dict(weights=where if trained else 'random', **r), indent=1))
 
 # %% ../nbs/90_cli.ipynb #a72fe088

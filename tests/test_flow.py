@@ -278,6 +278,8 @@ def test_known_times_are_the_same_network():
     assert gap(flows[0](x), flows[1](x)) > 1e-2
     assert gap(sample(head, z, x), sample(lambda *a: head(*a), z, x)) < 1e-5
     with pytest.raises(ValueError, match='z has shape'): head.at([1.], z[:, :5])
+    for wrong in (x[:1], x[:, :5], x[..., :4]):                                     # one row must not be spread over two
+        with pytest.raises(ValueError, match='x has shape'): sample(head, z, wrong)
 
 @pytest.mark.parametrize('kind', ['dit', 'mlp'])
 def test_sampler_is_one_graph(kind):

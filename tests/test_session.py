@@ -134,10 +134,12 @@ with beside(ThreadPoolExecutor(1), torch.get_num_threads) as f: print(torch.get_
     assert [x for x in out.splitlines() if x] == ['2 (1, 2) 3', '5', '1 1']
 
 @pytest.mark.parametrize('policy, threads, device, says', [('passive', 2, 'cpu', True), ('PASSIVE', 2, 'cpu', True), ('active', 2, 'cpu', False), ('', 2, 'cpu', False), ('passive', 1, 'cpu', False), ('passive', 2, 'cuda', False)])
-def test_where_a_second_thread_is_worth_it(monkeypatch, policy, threads, device, says):
+def test_where_a_second_thread_is_worth_it(midas, monkeypatch, policy, threads, device, says):
+    "And a session asks, unless it is told."
     from midas_ref.inference.session import two_cores
     monkeypatch.setenv('OMP_WAIT_POLICY', policy); monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
     assert two_cores(device) is says
+    if device == 'cpu': assert bool(Session(midas, face(0)).pool) is says and Session(midas, face(0), overlap=True).pool and not Session(midas, face(0), overlap=False).pool
 
 def test_only_frames_that_nobody_waits_for_are_decoded_aside(midas, sound, monkeypatch):
     import midas_ref.inference.session as S

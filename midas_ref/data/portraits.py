@@ -663,7 +663,7 @@ def freckles(
     y: Tensor, # the same upwards, (h, w)
     count: int = 30, # of them
 ) -> Tensor: # (h, w) in 0..1
-    "Round spots on cheeks and nose, 3 to 5 pixels wide in a picture of 256 and well apart: about as fine as a 64x codec can keep; the same ones in every face."
+    "Round spots on cheeks and nose, 3 to 5 pixels wide in a picture of 256 and well apart, for a 64x codec to keep; the same ones in every face."
     g, places = torch.Generator().manual_seed(PATTERNS * 5), []
     while len(places) < count:
         a, b = (torch.rand(2, generator=g) * torch.tensor([1.16, 0.40]) - torch.tensor([0.58, 0.41])).tolist()

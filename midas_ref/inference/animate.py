@@ -18,7 +18,7 @@ from ..codec.temporal import VideoDCAE
 from ..conditions.audio import WhisperVQ
 from ..conditions.pose import HEAD, JointVelocity, at_fps, read_landmarks, select
 from ..model.midas import Midas
-from .session import Session, StageClock, draw_chunk, open_streams, untimed
+from .session import Session, StageClock, draw_chunk, open_streams, two_cores, untimed
 from .video import VideoWriter, is_drawn, read_audio
 
 # %% ../../nbs/inference/62_animate.ipynb #8266405a
@@ -217,7 +217,7 @@ def bench_stream(
     sessions:int=1,          # at the same time
     batched:bool=False,      # in one batch instead of in turns
     frames:int|None=None,    # frames of a chunk; None: as configured
-    overlap:bool=False,      # see `Session`
+    overlap:bool|None=None,  # see `Session`
     level:int=MEMORY_LEVEL,  # see `Session`
     warmup:int=10,           # chunks before the measurement, so that the window is full
     progress:bool=False,     # show a bar
@@ -231,6 +231,7 @@ def bench_stream(
     faces = [torch.rand(3, cfg.video.height, cfg.video.width, generator=g)*2 - 1 for _ in range(sessions)]
     sound = babble(7*cfg.chunk_seconds)
     clock, waits, spent, rss = StageClock(dev), [], [], {}
+    if overlap is None: overlap = two_cores(dev)
     draw, held = (_together if batched else _turns)(midas, faces, lambda k, i: np.roll(sound, -n*(k + i))[:n], clock, frames, overlap, level, fast)
     for k in tqdm(range(warmup + count), unit='chunk', disable=not progress):
         if k == warmup: clock.spans.clear(); rss['after warm-up'] = memory().get('now')

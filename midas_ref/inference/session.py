@@ -173,11 +173,11 @@ def draw_chunk(
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
     with clock('audio'): heard = midas.audio(samples, streams.audio).vectors
     with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
-    def after(x0, i):
+    with clock('head'): x0 = calls.draw(z)
+    def after(x0, i):                                         # read a frame back, and draw the next
         with clock('step'): z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
         if i < f-1:
             with clock('head'): return calls.draw(z)
-    with clock('head'): x0 = calls.draw(z)
     for i in range(f):
         if pool and 0 < i < f-1:                              # the first frame is waited for, and nothing is drawn after the last
             with beside(pool, decode, x0) as frame: x0, frame = after(x0, i), frame.result()
@@ -268,10 +268,11 @@ class Session(Wishes):
         level:int=MEMORY_LEVEL,  # noise level at which frames are remembered: higher drifts less and is softer
         steps:int|None=None,     # denoising steps; None: as the configuration says
         clock=untimed,           # a `StageClock` to measure with
-        overlap:bool=False,      # decode in a second thread while the next frame is drawn: see `two_cores`
+        overlap:bool|None=None,  # decode in a second thread while the next frame is drawn; None: as `two_cores` says
         fast:bool=False,         # on a GPU: record the calls of a frame as CUDA graphs, which takes some seconds in the first chunk; elsewhere no difference
     ):
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level)
+        if overlap is None: overlap = two_cores(midas.sigmas.device)
         self.seed, self.steps, self.clock, self.pool, self.fast, self.streams = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None
         self.show(portrait)
 

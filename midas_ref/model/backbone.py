@@ -56,8 +56,8 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     query = rearrange(query, 'b (k g) s d -> b k (g s) d', g=group)              # few queries, many keys: fold the group into the queries
-    folded = attention_mask if attention_mask.shape[2] == group*new else repeat(attention_mask, 'b one s n -> b one (g s) n', g=group)   # instead of copying the cache for each head
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=folded, dropout_p=kwargs.get('dropout', 0.), scale=kwargs.get('scaling'))
+    if attention_mask.shape[2] == new: attention_mask = repeat(attention_mask, 'b one s n -> b one (g s) n', g=group)   # instead of copying the cache for each head; `RingQwen` has done it once for all layers
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=kwargs.get('dropout', 0.), scale=kwargs.get('scaling'))
     return rearrange(y, 'b k (g s) d -> b s (k g) d', g=group), None
 
 def register_attention():

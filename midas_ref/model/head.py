@@ -59,9 +59,8 @@ class TokenHead(nn.Module):
         self.embed, self.cond = nn.Linear(channels, d), nn.Linear(cond, d)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
 
-    def check(self, **given):
+    def check(self, b:int, **given):
         "Raise unless x is (b, n, c), t (b,) and z (b, n, cond), as far as they are given."
-        b = len(next(iter(given.values())))
         want = dict(x=(b, self.tokens, self.channels), t=(b,), z=(b, self.tokens, self.cond_width))
         for k, v in given.items():
             if tuple(v.shape) != want[k]: raise ValueError(f"{k} has shape {tuple(v.shape)}; this head accepts {want[k]}.")
@@ -115,7 +114,7 @@ class MLPHead(TokenHead):
         z:Tensor,  # hidden state of each token, (b, n, cond)
     )->Tensor:     # velocity, (b, n, c)
         "Predict noise minus data."
-        self.check(x=x, t=t, z=z)
+        self.check(len(x), x=x, t=t, z=z)
         h, e = self.enter(x), self.condition(t, z)
         for block in self.blocks: h = block(h, e)
         shift, scale = self.modulation(F.silu(e)).chunk(2, -1)
@@ -182,6 +181,7 @@ class DiTHead(TokenHead):
 
     def denoise(self, mod:Tensor, ends:Tensor, x:Tensor)->Tensor:
         "One step, all of whose conditions are known."
+        self.check(len(mod), x=x)
         h = self.enter(x)
         h = h + self.positions.to(h)
         for block in self.blocks: h = block(h, mod)
@@ -193,7 +193,7 @@ class DiTHead(TokenHead):
         z:Tensor,  # hidden state of each token, (b, n, cond)
     )->Tensor:     # velocity, (b, n, c)
         "Predict noise minus data."
-        self.check(x=x, t=t, z=z)
+        self.check(len(x), t=t, z=z)
         return self.denoise(*self.guide(self.condition(t, z)), x)
 
     def at(self,
@@ -201,7 +201,7 @@ class DiTHead(TokenHead):
         z:Tensor,    # hidden state of each token, (b, n, cond)
     )->list:         # for each time a function of x, (b, n, c), that gives the velocity
         "The same network at known times: what does not depend on x is computed for all of them in one go."
-        self.check(z=z)
+        self.check(len(z), z=z)
         t = torch.stack([torch.full((1,), t, device=z.device) for t in times])
         return [partial(self.denoise, mod, ends) for mod, ends in zip(*self.guide(self.condition(t, z)))]
 
