@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['STEPS', 'FACE', 'TURN', 'READINGS', 'EYES', 'Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'readings',
            'Pool', 'check_scenes', 'draw_pool', 'change_weight', 'first_weight', 'Recipe', 'inner_matrices',
-           'make_optimisers', 'own_frames', 'lead_astray', 'generate', 'without_eyes', 'eager', 'Past', 'JointTrainer',
-           'pack_stock', 'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip',
-           'train_model', 'new_midas']
+           'make_optimisers', 'own_frames', 'lead_astray', 'generate', 'without_eyes', 'running_median', 'eager',
+           'Past', 'JointTrainer', 'pack_stock', 'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan',
+           'averaged', 'sample_strip', 'train_model', 'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
@@ -337,11 +337,19 @@ EYES = .33, .36, .67, .5   # left, top, right, bottom of where eyes are, over wi
 def without_eyes(
     h:int,        # rows of a latent
     w:int,        # columns of a latent
-)->Tensor:        # (h*w, 1)
-    "1 where the future does not depend on blinks and glances, 0 over the eyes."
+)->Tensor:        # (h, w), bool
+    "True where the future does not depend on blinks and glances, False over the eyes."
     row, col = torch.arange(h)[:, None], torch.arange(w)
-    hit = (row + 1 > EYES[1]*h) & (row < EYES[3]*h) & (col + 1 > EYES[0]*w) & (col < EYES[2]*w)
-    return (~hit).float().reshape(-1, 1)
+    return ~((row + 1 > EYES[1]*h) & (row < EYES[3]*h) & (col + 1 > EYES[0]*w) & (col < EYES[2]*w))
+
+def running_median(
+    x:Tensor,       # (b, t, ...)
+    frames:int=25,  # looked at, half of them ahead; at both ends the last one counts again
+)->Tensor:          # (b, t, ...)
+    "What of a sequence lasts: a second or longer."
+    t = torch.arange(x.shape[1], device=x.device)
+    around = (t[:, None] + torch.arange(frames, device=x.device) - frames//2).clamp(0, len(t) - 1)
+    return x[:, around].median(2).values
 
 def eager():
     "A context in which compiled layers run as they are written: for lengths too rare to be worth compiling."
@@ -368,19 +376,16 @@ class Past:
     def live(self,
         batch:tuple,        # of `Pool.batch`, whole chunks
     )->Tensor:              # (b, t, c, h, w), half precision
-        "What the model draws in place of a batch, as in a session."
+        "What the model draws in place of a batch, as in a session; of its eyes, and of heads that are not told their way, its drift alone."
         latents, reference, signals, _ = batch
         was, level = self.model.training, int(torch.randint(4, 13, (), generator=self.cpu))
         self.model.eval()
         with eager(): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
         self.model.train(was)
-        return own.half()
-
-    def drawn(self)->tuple:   # batch, own frames (b, t, c, h, w), weights
-        "One of the batches drawn live, with the weights of what the truth beside it can say."
-        batch, own = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
-        weight, way = self.weight*self.calm, batch[2]['pose'].moved
-        return batch, own, weight if way is None else weight*torch.isfinite(way).flatten(1).any(1)[:, None, None, None]     # who is not told where the head shall be cannot find back
+        way, latents = signals['pose'].moved, latents.float()
+        told = torch.zeros(len(own), dtype=torch.bool) if way is None else torch.isfinite(way).flatten(1).any(1)      # who is not told where the head shall be cannot find back
+        stays = told.to(own.device)[:, None, None, None, None] & self.calm
+        return torch.where(stays, own, latents + running_median(own.float() - latents)).half()
 
 
 # %% ../../nbs/training/50_train.ipynb #e9728067
@@ -416,7 +421,7 @@ class JointTrainer(Past):
         r, high = self.r, self.r.high*max(0., 1 - 3*progress)
         late, seen, weight = progress > r.own_from and model is self.model, None, self.weight
         live = bool(late and r.rollout and self.stock and torch.rand((), generator=self.cpu) < r.rollout)
-        if live: batch, seen, weight = self.drawn()
+        if live: batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
         latents, reference, signals, face = batch
         if r.first != 1: weight = weight*first_weight(latents.shape[1], model.layout.frames, r.first, self.device)
         passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late and r.own else 0
