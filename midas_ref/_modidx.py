@@ -1906,8 +1906,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'midas_ref/training/train.py'),
                                           'midas_ref.training.train.unpack_stock': ( 'training/train.html#unpack_stock',
                                                                                      'midas_ref/training/train.py'),
-                                          'midas_ref.training.train.without_eyes': ( 'training/train.html#without_eyes',
-                                                                                     'midas_ref/training/train.py'),
                                           'midas_ref.training.train.write_scene': ( 'training/train.html#write_scene',
                                                                                     'midas_ref/training/train.py'),
                                           'midas_ref.training.train.write_scenes': ( 'training/train.html#write_scenes',

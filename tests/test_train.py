@@ -422,26 +422,20 @@ def test_the_past_can_be_a_stream_of_the_model(pool, tmp_path):
     again = new(); load_run(again, tmp_path/'c.safetensors')
     assert [again.update(draw(again), .6)['flow'].item() for _ in range(3)] == losses
 
-def test_a_live_past_is_told_everything(pool, monkeypatch):
-    "Nothing that was known when it was drawn is dropped; eyes, and heads that are not told their way, are those of the truth but for the drift."
+def test_of_a_stream_the_drift_alone_is_taken(pool, monkeypatch):
+    "A blink of the stream leaves no trace in the past that it gives, a creeping colour does; signals and weights are as in any step."
     r = Recipe(warm=1, lr=3e-3, own=0., own_from=.5, rollout=1., renew=1, first=1.)
-    ways = dataclasses.replace(pool, latents=torch.randn(3, 36, 128, 2, 2), place=torch.randn(3, 36, 12, 2), shown=torch.zeros(3, 2, 12, 2), places=.5)
     t, seen = (torch.manual_seed(5), JointTrainer(Midas(small()), pool.activity(), r))[1], []
     whole = t.model.forward
-    t.lengths[6].forward = lambda *a, **kw: seen.append((a[2]['pose'].moved, a[3], t.model.conditions.training)) or whole(*a, **kw)
-    t.update(lambda: (ways.batch(6, 3, generator=t.g), 6), .6)
-    t.loss(ways.batch(6, 3), .4)
-    assert [x[2] for x in seen] == [False, True] and t.model.conditions.training and all(torch.equal(x[1], t.weight) for x in seen)
-    calm = torch.tensor([[True, False], [True, True]]); t.calm = calm
-    batch = ways.batch(6, 3, generator=torch.Generator().manual_seed(1))
-    told = batch[2]['pose'].moved.isfinite().flatten(1).any(1)
+    t.lengths[6].forward = lambda *a, **kw: seen.append((a[3], t.model.conditions.training)) or whole(*a, **kw)
+    t.update(lambda: (pool.batch(6, 3, generator=t.g), 6), .6)
+    assert [x[1] for x in seen] == [True] and torch.equal(seen[0][0], t.weight)
+    batch = dataclasses.replace(pool, latents=torch.randn(3, 36, 128, 2, 2)).batch(6, 3, generator=torch.Generator().manual_seed(1))
     blink, drift = torch.zeros(18, 1, 1, 1), torch.linspace(0, 1, 18)[:, None, None, None]
     blink[8:11] = 9.
     monkeypatch.setattr('midas_ref.training.train.generate', lambda m, ref, s, chunks, level, seed: batch[0] + drift + blink)
-    past, truth = t.live(batch).float(), batch[0].float()
-    assert 0 < told.sum() < 6
-    assert torch.allclose(past[told][..., calm], (truth + drift + blink)[told][..., calm], atol=1e-2)
-    for there in ((past - truth)[told][..., ~calm], (past - truth)[~told]): assert there.max() < 1.1 and there[:, -1].mean() > .6 + there[:, 0].mean()
+    off = t.live(batch).float() - batch[0]
+    assert off.max() < 1.1 and (off[:, -1] - off[:, 0]).mean() > .4 and off.diff(dim=1).min() > -.01
     x = torch.randn(2, 9, 3)
     assert torch.equal(running_median(x, 1), x) and torch.equal(running_median(x, 3)[:, 4], x[:, 3:6].median(1).values) and torch.equal(running_median(x, 3)[:, 0], x[:, 0])
 

@@ -84,7 +84,7 @@ def joint(a):
     born, device, out = time.time(), join_ranks(a.device), Path(a.out)
     midas = T.new_midas('tiny', a.start_from, weights=a.weights, anew=True).to(device)
     pool = Grow(a.pool, device, a.least)
-    recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, astray=a.astray, blind=.12, reader=(.3, .15), short=a.short, rollout=a.rollout)
+    recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, astray=a.astray, blind=.12, reader=(.3, .15), short=a.short, rollout=a.rollout, renew=a.renew)
     trainer, plan, lead = T.JointTrainer(midas, pool.activity(), recipe, fast=device != 'cpu'), T.Plan((a.rows, 16), (a.rows, 16), starts=.3), rank() == 0
     if a.resume: T.load_run(trainer, a.resume)
     log, exam, last, n = RunLog(out) if lead else None, pool.batch(64, 6, 6, torch.Generator(device).manual_seed(99)), -1, 0
@@ -113,7 +113,7 @@ def main():
         for name, default in options: q.add_argument(name, **({} if default is None else dict(default=default, type=type(default))))
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
     kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--backwards', 0), ('--most', 10**6), ('--first', 0), ('--workers', 20))
-    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', .3), ('--rollout', 0.), ('--least', 12), ('--resume', ''))
+    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', .3), ('--rollout', 0.), ('--renew', 60), ('--least', 12), ('--resume', ''))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)
 
