@@ -243,7 +243,7 @@ def data_scenes(a):
     option('--lr', type=number(float, 1e-7, 1), default=None, help='one device: peak learning rate (default: that of the recipe)'),
     option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='one device: train the matrices inside layers with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--rows', type=number(int, 1, 4096), default=96, help='one device: sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
-    option('--rollout', type=number(float, 0, 1), default=None, metavar='SHARE', help='one device: share of the steps of the last quarter whose past the model has drawn live (default 0)'),
+    option('--rollout', type=number(float, 0, 1), default=None, metavar='SHARE', help='one device: share of the steps of the last quarter whose past has wandered off as the model does live (default 0)'),
     option('--own-depth', type=number(int, 1, 16), default=None, metavar='N', help='one device: steps deep that own frames go in the last quarter (default: as the recipe says, 1)'),
     option('--chunks', type=number(int, 1, 4096), default=None, metavar='N', help='one device: sequences of N chunks from beginning to end, as many as hold the same frames (default: 6, later 16)'),
     option('--people', type=number(int, 1), default=160, help='one device: people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'),
@@ -453,7 +453,7 @@ def bench_codec(a):
     with torch.device(device): codec = temporal.VideoDCAE(cfg.codec).to(dtype).channels_last().eval()
     image, (h, w) = dcae.DCAE(cfg.codec).to(device, dtype), (cfg.video.height, cfg.video.width)
     print(f'{dcae.machine(device)}, torch {torch.__version__}, {a.preset} at {h}x{w}, {a.dtype}, 10 frames of warm-up')
-    rows = {'single pictures': dcae.bench_codec(image, h, w, device, dtype, a.frames, 10), 'stream': stream.bench_stream(codec, h, w, a.frames, 10)}
+    rows = {'single pictures': dcae.bench_codec(image, h, w, device, dtype, a.frames, 10), 'stream': stream.bench_stream(codec, h, w, a.frames, 10), 'stream, 8 frames at once': stream.bench_stream(codec, h, w, a.frames, 16, 8)}
     if a.compiled: rows['single pictures, compiled'] = dcae.bench_codec(image, h, w, device, dtype, a.frames, 10, fast=True)
     for name, r in rows.items():
         for part, ms in r.items(): print(f'{name}, {part}: {ms}')

@@ -334,12 +334,13 @@ def time_calls(
     n:int,        # calls to measure
     warmup:int,   # calls before them
     device,       # device whose work is waited for
+    of:int=1,     # things that a call does
 )->Latency:
-    "Durations of single calls."
+    "Durations of single calls, or of each thing that they do."
     wait, seconds = torch.cuda.synchronize if torch.device(device).type == 'cuda' else (lambda: None), []
     for _ in range(n + warmup):
         wait(); start = time.perf_counter()
-        f(); wait(); seconds.append(time.perf_counter() - start)
+        f(); wait(); seconds.append((time.perf_counter() - start)/of)
     return latency(seconds, warmup=warmup)
 
 @torch.inference_mode()

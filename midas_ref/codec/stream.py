@@ -92,12 +92,13 @@ def bench_stream(
     width:int=256,     # pixels
     n:int=50,          # windows (frames if window is 1) to measure
     warmup:int=10,     # windows before them
-)->dict:               # 'encode' and 'decode' -> Latency in ms per call
+    together:int=1,    # windows that come at once, as in a file that is encoded
+)->dict:               # 'encode' and 'decode' -> Latency in ms per window
     "Time for the next window of one stream."
     device, e, d = codec.mean.device, codec.init_encode_state(), codec.init_decode_state()
-    x = torch.rand(1, codec.cfg.window, 3, height, width, device=device, dtype=codec.mean.dtype)*2 - 1
-    z = codec.encode(x)
-    return dict(encode=time_calls(lambda: codec.encode(x, e, check=False), n, warmup, device), decode=time_calls(lambda: codec.decode(z, d, check=False), n, warmup, device))
+    x = torch.rand(1, together*codec.cfg.window, 3, height, width, device=device, dtype=codec.mean.dtype)*2 - 1
+    z, calls = codec.encode(x), (max(2, -(-n//together)), -(-warmup//together), device, together)
+    return dict(encode=time_calls(lambda: codec.encode(x, e, check=False), *calls), decode=time_calls(lambda: codec.decode(z, d, check=False), *calls))
 
 # %% ../../nbs/codec/23_stream.ipynb #0b497951
 def decode_alone(

@@ -60,8 +60,8 @@ class TrainConfig:
     precision: str = 'auto'        # 'auto' (bfloat16 on a GPU, float32 on a CPU), 'bfloat16' or 'float32'
     recompute: bool = True         # compute activations again in the backward pass instead of keeping them
     compile: bool = False          # torch.compile each layer
-    spread: bool = False           # FlexAttention: a copy of keys and values for each head of queries, so that the backward pass falls into more pieces
-    even: bool = False             # FlexAttention: sequences lengthened to whole blocks of 128 tokens
+    spread: bool = True            # FlexAttention: a copy of keys and values for each head of queries, so that the backward pass falls into more pieces
+    even: bool = True              # FlexAttention: sequences lengthened to whole blocks of 128 tokens
     repeats: int = 4               # times that the head learns from each output
     t_kind: str = 'logit_normal'   # where its t comes from
     high: float = 0.               # bias to high noise levels in the first third
