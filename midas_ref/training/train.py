@@ -366,13 +366,15 @@ class Past:
     def live(self,
         batch:tuple,        # of `Pool.batch`, whole chunks
     )->Tensor:              # (b, t, c, h, w), half precision
-        "The truth, wandered off as the model does when it draws the batch live, as in a session."
+        "The truth, wandered off as the model does when it draws the batch live, as in a session; as it is for who is not told the way."
         latents, reference, signals, _ = batch
         was, level = self.model.training, int(torch.randint(4, 13, (), generator=self.cpu))
         self.model.eval()
         with eager(): own = generate(self.model, reference, signals, latents.shape[1]//self.model.layout.frames, level, self.step)
         self.model.train(was)
-        return (latents.float() + running_median(own.float() - latents.float())).half()
+        way, off = signals['pose'].moved, running_median(own.float() - latents.float())
+        told = torch.zeros(len(own), dtype=torch.bool) if way is None else torch.isfinite(way).flatten(1).any(1)      # a head that is elsewhere for seconds looks like drift, and who is not told its way cannot find back
+        return (latents.float() + off*told.to(off)[:, None, None, None, None]).half()
 
 
 # %% ../../nbs/training/50_train.ipynb #e9728067
