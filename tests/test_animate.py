@@ -329,6 +329,15 @@ def test_missing_weights_are_one_line(capsys, monkeypatch, tmp_path, voice):
     status, out, err = run(capsys, 'animate', MIRA, voice, '-o', tmp_path/'o.mp4', '--weights', 'tiny')
     assert (status, out, len(err.splitlines())) == (2, '', 1) and 'bundled weights are not there' in err and '--weights' in err
 
+@pytest.mark.parametrize('extra, hold', [((), .12), (('--text', 'smiling'), 0.), (('--expression', 'happy'), 0.), (('--expression', 'happy', '--hold', '.3'), .3), (('--hold', '0'), 0.)])
+def test_a_stream_that_nobody_steers_is_held_to_its_portrait(tmp_path, capsys, monkeypatch, voice, weights, extra, hold):
+    from midas_ref.config import MEMORY_HOLD
+    asked, real = [], A.Session
+    monkeypatch.setattr(A, 'Session', lambda *a, **kw: asked.append(kw['hold']) or real(*a, **kw))
+    status, out, err = run(capsys, 'animate', MIRA, voice, '-o', tmp_path/'o.mp4', '--weights', weights, '--device', 'cpu', '--no-progress', *extra)
+    assert status == 0, err
+    assert asked == [hold] and MEMORY_HOLD == .12
+
 def test_make_demo_calls_animate():
     r = subprocess.run(['make', '-n', 'demo', 'READY=Makefile', 'PORTRAIT=a b.png', 'AUDIO=c.wav', 'OUT=d/e.mp4'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0 and 'animate "a b.png" "c.wav" -o "d/e.mp4"' in r.stdout

@@ -198,3 +198,11 @@ def test_a_clock_that_forgets():
         for _ in range(5):
             with clock('head'): pass
         assert len(clock.spans['head']) == len(clock.seconds['head']) == left and clock.table()['head'].n == left
+
+def test_what_is_remembered_is_held_to_the_portrait(midas, sound):
+    "The first frame shows nothing of it, those after it do; the slow reference agrees; all of the portrait is the most."
+    runs = {h: Session(midas, face(0), 3, hold=h).push(sound[:2*N]) for h in (0., .5, 1.)}
+    assert all((a[0] == b[0]).all() and differ(a[1:], b[1:]) > 1 for a, b in ((runs[0.], runs[.5]), (runs[.5], runs[1.])))
+    for h, got in runs.items(): assert differ(got, np.stack([to_bytes(x) for x in generate_offline(midas, face(0), torch.from_numpy(sound[:2*N]), level=MEMORY_LEVEL, seed=3, hold=h)])) <= 1
+    for wrong in (-.1, 1.5, float('nan')):
+        with pytest.raises(ValueError, match='accepted: 0 to 1'): Session(midas, face(0), hold=wrong)

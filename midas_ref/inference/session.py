@@ -165,9 +165,10 @@ def draw_chunk(
     steps:int|None=None,   # denoising steps
     clock=untimed,         # a `StageClock`
     pool=None,             # an executor that decodes while the next frame is drawn; None: one after the other
+    hold:float=0.,         # share of the portrait in what is remembered of a frame
 ):
     "Yield the frames of a chunk, each (b, 3, h, w) in [-1, 1]."
-    f, calls = midas.layout.frames, FrameCalls(midas, streams, steps)
+    f, calls, portrait = midas.layout.frames, FrameCalls(midas, streams, steps), rearrange(reference, 'b c h w -> b (h w) c')
     def decode(x0):
         with torch.no_grad(), clock('decode'):                # `no_grad` does not reach into another thread
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
@@ -175,7 +176,9 @@ def draw_chunk(
     with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
     with clock('head'): x0 = calls.draw(z)
     def after(x0, i):                                         # read a frame back, and draw the next
-        with clock('step'): z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
+        with clock('step'):
+            x0 = torch.lerp(x0, portrait.to(x0), hold)
+            z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
         if i < f-1:
             with clock('head'): return calls.draw(z)
     for i in range(f):
@@ -195,6 +198,7 @@ def generate_offline(
     signals:dict|None=None,  # pose and text of all chunks, see `Midas`
     level:int=0,          # noise level at which frames are remembered
     seed:int=0,           # of the noise
+    hold:float=0.,         # share of the portrait in what is remembered of a frame
 )->Tensor:                # (t, 3, h, w) in [-1, 1]
     "The slow reference: no cache anywhere, the whole mask for every frame."
     f, n, c = midas.layout.frames, midas.layout.frame_tokens, midas.cfg.codec.latent_channels
@@ -202,12 +206,14 @@ def generate_offline(
     heard, state = midas.audio(samples[None, :chunks*midas.cfg.chunk_samples]).vectors, midas.init_state(1, seed)
     reference = midas.codec.encode(portrait[None, None])[:, 0]
     latents, noise = reference.new_zeros(1, chunks*f, *reference.shape[1:]), reference.new_zeros(1, chunks*f, n, c)
+    past = latents.clone()
     ids = torch.full((1, chunks*f), level, device=latents.device)
     for t in range(chunks*f):
-        tokens, _ = midas.embed(latents, reference, (signals or {}) | {'audio': heard}, ids, noise)
+        tokens, _ = midas.embed(past, reference, (signals or {}) | {'audio': heard}, ids, noise)
         z = midas.hidden(tokens)[:, t]
         x0 = sample(midas.head, z, state.randn(n, c, dtype=z.dtype), midas.cfg.head.steps)
         latents[:, t], noise[:, t] = rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), state.randn(n, c, dtype=x0.dtype)
+        past[:, t] = torch.lerp(latents[:, t], reference, hold)
     return midas.codec.decode(latents)[0].clamp(-1, 1)
 
 # %% ../../nbs/inference/60_session.ipynb #89d216bf
@@ -270,10 +276,13 @@ class Session(Wishes):
         clock=untimed,           # a `StageClock` to measure with
         overlap:bool|None=None,  # decode in a second thread while the next frame is drawn; None: as `two_cores` says
         fast:bool=False,         # on a GPU: record the calls of a frame as CUDA graphs, which takes some seconds in the first chunk; elsewhere no difference
+        hold:float=0.,           # share of the portrait, 0 to 1, in what is remembered of a frame: higher drifts less and moves less
     ):
+        if not 0 <= hold <= 1: raise ValueError(f"hold is {hold}; accepted: 0 to 1.")
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level)
         if overlap is None: overlap = two_cores(midas.sigmas.device)
         self.seed, self.steps, self.clock, self.pool, self.fast, self.streams = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None
+        self.hold = hold
         self.show(portrait)
 
     def show(self, portrait):
@@ -303,7 +312,7 @@ class Session(Wishes):
         while self.current or len(self.buffer) >= n:
             if not self.current:
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
-                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool)
+                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.hold)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
                 if limit is None or self.drawn < limit: self.drawn += 1; yield to_bytes(x[0])
             self.current = None
