@@ -177,7 +177,7 @@ def draw_chunk(
     with clock('head'): x0 = calls.draw(z)
     def after(x0, i):                                         # read a frame back, and draw the next
         with clock('step'):
-            x0 = torch.lerp(x0, portrait.to(x0), hold)
+            if hold: x0 = torch.lerp(x0, portrait.to(x0), hold)
             z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
         if i < f-1:
             with clock('head'): return calls.draw(z)
