@@ -1,5 +1,5 @@
 """How live the app is: a recording played as a microphone in real time, and when each picture of it is there."""
-import contextlib, dataclasses, json, platform, shutil, struct, tempfile, threading, time
+import contextlib, dataclasses, json, shutil, struct, tempfile, threading, time
 from pathlib import Path
 import numpy as np
 from .live import RATE
@@ -76,16 +76,17 @@ def by_browser(port, seconds, chromium)->dict:
 def bench(settings, seconds=60., frames=6, browser=False, as_json=False):
     "Start the app, visit it, print what was measured."
     import torch
+    from midas_ref.codec.dcae import machine
     from midas_ref.metrics import latency
     chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if browser and not chromium: raise FileNotFoundError('No Chromium on this machine; leave --browser out to measure without one.')
     with running(settings) as (app, port, answered, ready):
         pace, out = app.hub.pace, by_browser(port, seconds, chromium) if browser else by_socket(port, seconds, frames)
     if not out['seconds']: raise RuntimeError('No picture came in that time.')
-    out |= dict(latency=dataclasses.asdict(latency(out['seconds'], warmup=min(2, len(out['seconds']) - 1))), answered_s=answered, ready_s=ready, pace=pace, threads=torch.get_num_threads(), machine=platform.machine(), torch=torch.__version__, way='browser' if browser else 'socket')
+    out |= dict(latency=dataclasses.asdict(latency(out['seconds'], warmup=min(2, len(out['seconds']) - 1))), answered_s=answered, ready_s=ready, pace=pace, machine=machine(app.hub.device), torch=torch.__version__, way='browser' if browser else 'socket')
     if as_json: print(json.dumps({k: v for k, v in out.items() if k != 'seconds'})); return
     if skew := out.get('skew_ms'): out['skew_ms'] = latency([abs(v)/1000 for v in skew])
-    print(f"{out['machine']}, torch {out['torch']}, {out['threads']} threads; model: {settings.weights.model}; {seconds:g} s of speech as a microphone, chunks of {1000*frames*.08:g} ms")
+    print(f"{out['machine']}, torch {out['torch']}; model: {settings.weights.model}; {seconds:g} s of speech as a microphone, chunks of {1000*frames*.08:g} ms")
     print(f"start: the page answers after {answered:.1f} s, the model is ready after {ready:.1f} s; drawing takes {pace:.2f} s for a second of video")
     print(f"sound in to picture {'shown in the browser' if browser else 'at the client'} ({'every picture shown' if browser else 'slowest picture of each chunk'}): {latency(out['seconds'], warmup=min(2, len(out['seconds']) - 1))}")
     print(f"pictures {out['pictures']}, skipped {out['skipped']}" + (f", late {out['late']}, stalls of the sound {out['stalls']}, longest gap {out['longest_gap_ms']:.0f} ms; |sound - picture|: {out['skew_ms']}" if browser else ''))

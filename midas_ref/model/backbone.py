@@ -137,8 +137,9 @@ class RingCache:
     )->tuple:                  # keys and values of all slots, (b, kv_heads, slots, head_dim)
         "Write, and return the ring of this layer."
         keys, values = self.kv[:, layer_idx].unbind(1)
-        where = self.slots[:, None, :, None].expand_as(key_states)
-        return keys.scatter_(2, where, key_states.to(keys.dtype)), values.scatter_(2, where, value_states.to(values.dtype))
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        for ring, new in ((keys, key_states), (values, value_states)): ring[rows, :, self.slots] = new.transpose(1, 2).to(ring.dtype)   # `scatter_` would copy the whole ring
+        return keys, values
 
 # %% ../../nbs/model/42_backbone.ipynb #8fbc0634
 def ring_slots(
