@@ -1153,8 +1153,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'midas_ref/inference/animate.py'),
                                              'midas_ref.inference.animate.Packed.plain': ( 'inference/animate.html#packed.plain',
                                                                                            'midas_ref/inference/animate.py'),
-                                             'midas_ref.inference.animate.Packed.sort': ( 'inference/animate.html#packed.sort',
-                                                                                          'midas_ref/inference/animate.py'),
                                              'midas_ref.inference.animate.Run': ( 'inference/animate.html#run',
                                                                                   'midas_ref/inference/animate.py'),
                                              'midas_ref.inference.animate.Run.factor': ( 'inference/animate.html#run.factor',

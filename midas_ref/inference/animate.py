@@ -25,10 +25,10 @@ from .video import VideoWriter, is_drawn, read_audio
 
 # %% ../../nbs/inference/62_animate.ipynb #e921db69
 class Packed:
-    "The forward of a `Linear` or `Conv2d` on a CPU, without gradients: the weight is kept a second time, in the order of oneDNN."
+    "The forward of a `Linear` on a CPU, without gradients: the weight is kept a second time, in the order of oneDNN."
     def __init__(self,
-        layer:nn.Module,      # whose weight it is
-        rows:int=16,          # that a `Linear` mostly has in its input
+        layer:nn.Linear,      # whose weight it is
+        rows:int=16,          # that its input mostly has
         gelu:str|None=None,   # compute GELU too: 'none' or 'tanh', as `nn.GELU.approximate`
     ):
         self.layer, self.rows, self.gelu, self.key, self.weight = layer, rows, gelu, None, None
@@ -36,34 +36,26 @@ class Packed:
     def __deepcopy__(self, memo): return Packed(copy.deepcopy(self.layer, memo), self.rows, self.gelu)      # a sorted weight cannot be copied
 
     def plain(self, x:Tensor)->Tensor:
-        y = type(self.layer).forward(self.layer, x)
+        y = F.linear(x, self.layer.weight, self.layer.bias)
         return y if self.gelu is None else F.gelu(y, approximate=self.gelu)
 
-    def sort(self, x:Tensor):
-        m, ops = self.layer, torch.ops.mkldnn
-        if isinstance(m, nn.Linear): return ops._reorder_linear_weight(m.weight.detach(), self.rows)
-        return ops._reorder_convolution_weight(m.weight.detach(), [*m.padding], [*m.stride], [*m.dilation], m.groups, [*x.shape])
-
     def __call__(self, x:Tensor)->Tensor:
-        m, ops = self.layer, torch.ops.mkldnn
-        w = m.weight
-        if torch.is_grad_enabled() or x.is_cuda or x.dtype != w.dtype: return self.plain(x)      # and the layer itself complains of a wrong type
-        if self.key != (w._version, w.dtype): self.weight, self.key = self.sort(x), (w._version, w.dtype)
-        after = ('none', [], '') if self.gelu is None else ('gelu', [], self.gelu)
-        if isinstance(m, nn.Linear): return ops._linear_pointwise(x, self.weight, m.bias, *after)
-        return ops._convolution_pointwise(x, self.weight, m.bias, [*m.padding], [*m.stride], [*m.dilation], m.groups, *after)
+        w = self.layer.weight
+        if torch.is_grad_enabled() or x.is_cuda or x.dtype != w.dtype: return self.plain(x)      # and PyTorch itself complains of a wrong type
+        if self.key != (w._version, w.dtype): self.weight, self.key = torch.ops.mkldnn._reorder_linear_weight(w.detach(), self.rows), (w._version, w.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.layer.bias, *(('none', [], '') if self.gelu is None else ('gelu', [], self.gelu)))
 
 def pack(
     model:nn.Module,   # changed in place
     rows:int=16,       # tokens of a frame
 )->nn.Module:          # the same
-    "Let all layers of matrices and pictures keep their weights sorted, each from its first call on."
+    "Let all linear layers keep their weights sorted, each from its first call on."
     for m in model.modules():
         if type(m) is nn.Sequential:
             for a, b in zip(m, [*m][1:]):
                 if type(a) is nn.Linear and type(b) is nn.GELU: a.forward, b.forward = Packed(a, rows, b.approximate), lambda x: x
     for m in model.modules():
-        if (type(m) is nn.Linear or type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str)) and not isinstance(m.forward, Packed): m.forward = Packed(m, rows)
+        if type(m) is nn.Linear and not isinstance(m.forward, Packed): m.forward = Packed(m, rows)
     return model
 
 # %% ../../nbs/inference/62_animate.ipynb #8266405a
