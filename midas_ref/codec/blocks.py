@@ -17,7 +17,9 @@ def fold(x:Tensor, factor:int=2)->Tensor:
 
 def unfold(x:Tensor, factor:int=2)->Tensor:
     "Pixel-shuffle that leaves channels last in memory: (b, c*f*f, h, w) to (b, c, h*f, w*f)."
-    return x if factor == 1 else rearrange(x, 'b (c i j) h w -> b (h i) (w j) c', i=factor, j=factor).permute(0, 3, 1, 2)
+    if factor == 1: return x
+    if x.device.type == 'cpu': return F.pixel_shuffle(x.contiguous(memory_format=torch.channels_last), factor)             # here it does
+    return rearrange(x, 'b (c i j) h w -> b (h i) (w j) c', i=factor, j=factor).permute(0, 3, 1, 2)
 
 def widen(x:Tensor, c:int)->Tensor:
     "Repeat every channel until there are `c`."
@@ -36,8 +38,10 @@ def shortcut_up(
     c_out:int,    # channels wanted; 4*c_out must be a multiple of c
     factor:int=2, # 2 doubles the sides, 1 only changes channels
 )->Tensor:        # (b, c_out, h*factor, w*factor)
-    "Repeat channels, then unfold them into pixels."
-    return unfold(widen(x, c_out*factor**2), factor)
+    "Repeat channels, then unfold them into pixels; a channel that fills a row or a square of pixels is copied there at once."
+    times = c_out*factor**2//x.shape[1]
+    if factor != 2 or times not in (2, 4): return unfold(widen(x, c_out*factor**2), factor)
+    return repeat(x, 'b (c i) h w -> b (h i) (w j) c' if times == 2 else 'b c h w -> b (h i) (w j) c', i=2, j=2).permute(0, 3, 1, 2)
 
 # %% ../../nbs/codec/20_blocks.ipynb #b755af20
 class RMSNorm2d(nn.Module):
