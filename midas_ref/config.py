@@ -161,6 +161,7 @@ class HeadConfig:
     layers: int = 28    # blocks
     heads: int = 16     # attention heads
     steps: int = 4      # denoising steps at inference
+    portrait: bool = False  # does it look at the portrait itself, besides the hidden states?
 
     def __post_init__(self):
         _positive(self, 'width', 'layers', 'heads', 'steps')
@@ -240,7 +241,7 @@ def _tiny():
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         pose=PoseConfig(moved=True),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=704, name=''),
-        head=HeadConfig(width=256, layers=5, heads=8))
+        head=HeadConfig(width=256, layers=5, heads=8, portrait=True))
 
 PRESETS = {'paper': MidasConfig, 'tiny': _tiny}  # name -> function that builds the preset
 
@@ -317,9 +318,10 @@ def head_cost(
     block = (12 if dit else 5)*d*d                                           # dit: attention, feed-forward of 4x width; mlp: modulation, two layers
     once = 256*d + d*d                                                       # step embedding, once per frame
     each = channels*d + cond*d + (6 if dit else 2)*d*d + d*channels          # in, condition, modulation, out
+    look = channels*d if cfg.portrait else 0                                 # at the portrait, once per frame
     bias = cfg.layers*(15 if dit else 7)*d + (12 if dit else 6)*d + channels
-    flops = 2*once + tokens*(2*(cfg.layers*block + each) + (4*tokens*d*cfg.layers if dit else 0))
-    return Cost(flops, cfg.layers*block + once + each + bias)
+    flops = 2*once + tokens*(2*(cfg.layers*block + each + look) + (4*tokens*d*cfg.layers if dit else 0))
+    return Cost(flops, cfg.layers*block + once + each + look + bias)
 
 # %% ../nbs/00_config.ipynb #5941f0f6
 def frame_costs(

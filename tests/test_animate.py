@@ -1,5 +1,5 @@
 "Portrait and voice to video: every kind of bad input, Ctrl-C, a full disk, exact sync, benchmarks, public names."
-import dataclasses, errno, json, os, signal, subprocess, sys, time
+import copy, dataclasses, errno, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from midas_ref import cli
@@ -28,7 +28,7 @@ def weights(tmp_path_factory):
     cfg = dataclasses.replace(tiny, video=dataclasses.replace(tiny.video, height=64, width=64), codec=dataclasses.replace(tiny.codec, encoder_widths=widths, decoder_widths=widths), window_frames=12,
                               backbone=dataclasses.replace(tiny.backbone, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128), head=dataclasses.replace(tiny.head, width=64, layers=2, heads=4))
     m = Midas(cfg, VideoDCAE(cfg.codec).eval(), WhisperVQ(cfg.audio).eval()).eval()
-    for p in (m.head.out.weight, m.tokens.carry.weight): torch.nn.init.normal_(p, std=.05)
+    for p in (m.head.out.weight, m.tokens.carry.weight, m.head.look.weight): torch.nn.init.normal_(p, std=.05)
     m.save_pretrained(folder := tmp_path_factory.mktemp('weights')/'midas', dtype=torch.float32)
     return folder
 
@@ -359,3 +359,18 @@ else: raise SystemExit('found')
 """
     r = subprocess.run([sys.executable, '-c', code], env=ENV, cwd='/', capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
+
+def test_sorted_weights_give_the_same_frames(midas):
+    "What `ready` does on a CPU that multiplies bfloat16, here in float32; changed weights are sorted again."
+    m, face, x = copy.deepcopy(midas), torch.zeros(3, midas.cfg.video.height, midas.cfg.video.width), A.babble(.96)
+    def frames(): return Session(m, face, seed=1).push(x).astype(int)
+    before = frames()
+    A.pack(m, m.layout.frame_tokens)
+    packed = [f for f in m.modules() if isinstance(f.forward, A.Packed)]
+    assert len(packed) > 20 and sum(f.forward.gelu is not None for f in packed) >= m.cfg.head.layers
+    assert abs(frames() - before).max() <= 1 and all(f.forward.key for f in (m.head.embed, m.head.blocks[0].ff[0]))
+    with torch.no_grad(): m.head.out.weight.neg_()
+    other = frames()
+    assert abs(other - before).max() > 2
+    for f in m.modules(): f.__dict__.pop('forward', None)
+    assert abs(frames() - other).max() <= 1

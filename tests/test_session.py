@@ -17,7 +17,7 @@ def midas():
     cfg = dataclasses.replace(tiny, video=dataclasses.replace(tiny.video, height=128, width=64), codec=dataclasses.replace(tiny.codec, encoder_widths=widths, decoder_widths=widths), window_frames=24,
                               backbone=dataclasses.replace(tiny.backbone, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=128), head=dataclasses.replace(tiny.head, width=64, layers=2, heads=4))
     m = Midas(cfg, VideoDCAE(cfg.codec).eval(), WhisperVQ(cfg.audio).eval()).eval()
-    for p in (m.head.out.weight, m.tokens.carry.weight): torch.nn.init.normal_(p, std=.05)
+    for p in (m.head.out.weight, m.tokens.carry.weight, m.head.look.weight): torch.nn.init.normal_(p, std=.05)
     for t in [*m.codec.decoder.time.modules()]:                                    # layers over time that do something
         if hasattr(t, 'proj') and hasattr(t, 'attn'): torch.nn.init.normal_(t.proj.weight, std=.05); torch.nn.init.normal_(t.attn.out.weight, std=.05)
     return m

@@ -98,7 +98,7 @@ def random_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Midas(cfg, VideoDCAE(cfg.codec).eval().channels_last(), WhisperVQ(cfg.audio).eval()).eval()
-        for p in (model.head.out.weight, model.tokens.carry.weight): nn.init.normal_(p, std=.02)
+        for p in (model.head.out.weight, model.tokens.carry.weight, *(model.head.look.parameters() if model.head.looks else ())): nn.init.normal_(p, std=.02)
     return ready(model, device, dtype)
 
 # %% ../../nbs/inference/62_animate.ipynb #0e822a76

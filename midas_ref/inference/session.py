@@ -211,7 +211,7 @@ def generate_offline(
     for t in range(chunks*f):
         tokens, _ = midas.embed(past, reference, (signals or {}) | {'audio': heard}, ids, noise)
         z = midas.hidden(tokens)[:, t]
-        x0 = sample(midas.head, z, state.randn(n, c, dtype=z.dtype), midas.cfg.head.steps)
+        x0 = sample(midas.face(reference), z, state.randn(n, c, dtype=z.dtype), midas.cfg.head.steps)
         latents[:, t], noise[:, t] = rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]), state.randn(n, c, dtype=x0.dtype)
         past[:, t] = torch.lerp(latents[:, t], reference, hold)
     return midas.codec.decode(latents)[0].clamp(-1, 1)

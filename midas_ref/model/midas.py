@@ -116,6 +116,13 @@ class Parts(nn.Module):
         if '_t5' not in self.__dict__: self.__dict__['_t5'] = text_encoder(self.cfg.text).to(self.sigmas.device, next(self.parameters()).dtype)
         return self._t5(self._t5.ids(texts))
 
+    def face(self,
+        reference:Tensor,     # latents of the portraits, (b, c, h, w)
+        frames:int=1,         # of each person, one after the other
+    ):                        # a function of x, t and z, as `flow_loss` and `sample` want it
+        "The head, before the portraits of (b*frames) rows."
+        return self.head.facing(rearrange(reference, 'b c h w -> b (h w) c').repeat_interleave(frames, 0))
+
     def embed_conditions(self,
         signals:dict,         # 'audio': code vectors (b, k*a, f); 'pose': `Motion` of k*f frames; 'text': ids (b, k, l) or features (b, k, n, f); any may be missing
         lead:tuple,           # (b, k): rows and chunks
@@ -184,7 +191,7 @@ class TeacherForcing(Parts):
         tokens, x0 = self.embed(latents, reference, signals, ids, rand(b, t, self.layout.frame_tokens, latents.shape[2]), drop, context)
         z = self.hidden(tokens, mask)
         flat = lambda a: None if a is None else a.expand(x0.shape).flatten(0, 1)
-        out = flow_loss(self.head, x0.flatten(0, 1), z.flatten(0, 1), t_kind, repeats, flat(weight), generator, self.cfg.head.steps)
+        out = flow_loss(self.face(reference, t), x0.flatten(0, 1), z.flatten(0, 1), t_kind, repeats, flat(weight), generator, self.cfg.head.steps)
         split = {k: out[k].unflatten(1, (b, t)) for k in ('per_token', 'x0_hat', 't')}
         return dict(loss=out['loss'], z=z, ids=ids, **split)
 
@@ -196,6 +203,10 @@ class Live(TeacherForcing, Streaming):
         shape = self.layout.frame_tokens, self.cfg.codec.latent_channels
         return state.slot(self, 'last', shape, self.tokens.lift.weight.dtype), state.slot(self, 'level', (), torch.int64), state.slot(self, 'begun', (), torch.bool)
 
+    def portrait(self, state:StreamState)->Tensor:
+        "The portraits of the streams, for a head that looks at them, (b, n, c)."
+        return state.slot(self, 'portrait', (self.layout.frame_tokens, self.cfg.codec.latent_channels), self.tokens.lift.weight.dtype)
+
     @torch.no_grad()
     def prefill(self,
         signals:dict,          # of one chunk, see `embed_conditions`
@@ -205,7 +216,9 @@ class Live(TeacherForcing, Streaming):
         "Open the next chunk of each row."
         with self.call(reference[:, None], state):
             last, level, begun = self.last_frame(state)
-            ref = self.tokens.reference(rearrange(reference, 'b c h w -> b (h w) c').to(last), last, begun)
+            tokens = rearrange(reference, 'b c h w -> b (h w) c').to(last)
+            if self.head.looks: self.portrait(state).copy_(tokens)
+            ref = self.tokens.reference(tokens, last, begun)
             conditions = self.embed_conditions(signals, (len(state), 1))[:, 0]
             return self.backbone.prefill(self.tokens.frames(last, level), conditions, ref, state)
 
@@ -233,7 +246,8 @@ class Live(TeacherForcing, Streaming):
         noise:Tensor|None=None,  # standard normal, (b, n, c); None draws it from the streams
     )->Tensor:                 # a clean frame, (b, n, c)
         "Draw a frame, without reading it."
-        return sample(self.head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype) if noise is None else noise, steps or self.cfg.head.steps)
+        head = self.head.facing(self.portrait(state)) if self.head.looks else self.head
+        return sample(head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype) if noise is None else noise, steps or self.cfg.head.steps)
 
     def next_frame(self,
         z:Tensor,              # what conditions it, (b, n, d)

@@ -298,7 +298,7 @@ def own_frames(
     model.eval()                                                          # as in use: no modality is dropped
     z = model.hidden(model.embed(latents, reference, signals, ids, latents.new_zeros(b, t, h*w, c))[0])
     noise = torch.randn(b*t, h*w, c, generator=generator, device=latents.device)
-    x = sample(model.head, z.flatten(0, 1), noise.to(z), steps)
+    x = sample(model.face(reference, t), z.flatten(0, 1), noise.to(z), steps)
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
@@ -619,6 +619,7 @@ def new_midas(
     if anew:
         state, wanted = read_safetensors(midas_folder(start_from)/'model.safetensors'), model.trained_state()
         if (k := 'pose.net.0.weight') in state: state[k] = model.pose.widened(state[k])          # older models have only read velocities
+        if (k := 'head.look.weight') in wanted: state.setdefault(k, torch.zeros_like(wanted[k]))   # or never looked at the portrait
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
