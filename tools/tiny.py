@@ -113,7 +113,7 @@ def main():
         for name, default in options: q.add_argument(name, **({} if default is None else dict(default=default, type=type(default))))
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
     kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--backwards', 0), ('--most', 10**6), ('--first', 0), ('--workers', 20))
-    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', .3), ('--rollout', 0.), ('--renew', 60), ('--least', 12), ('--resume', ''))
+    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--least', 12), ('--resume', ''))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)
 
