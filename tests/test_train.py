@@ -238,7 +238,7 @@ CLIP = dict(astray=0., lr=4e-3, warm=10, final=.1, blind=0., own=0., high=0., ke
 def overfit(pool, steps=120):
     "Relative error of generated latents after learning two short sequences by heart."
     torch.manual_seed(0)
-    m = Midas(dataclasses.replace(small(), head=dataclasses.replace(small().head, width=144, heads=4)))  # it must name 128 numbers of noise
+    m = Midas(dataclasses.replace(small(), head=dataclasses.replace(small().head, width=144, heads=4, portrait=False)))  # it must name 128 numbers of noise, which a portrait would show
     for k in m.conditions.drops: m.conditions.drops[k] = 0.
     batch = pool.batch(2, 2, generator=torch.Generator().manual_seed(4))
     t = JointTrainer(m, torch.ones(4, 128), Recipe(**CLIP))
