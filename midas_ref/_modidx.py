@@ -628,6 +628,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'midas_ref.config._tiny': ('config.html#_tiny', 'midas_ref/config.py'),
                                   'midas_ref.config.backbone_cost': ('config.html#backbone_cost', 'midas_ref/config.py'),
                                   'midas_ref.config.codec_cost': ('config.html#codec_cost', 'midas_ref/config.py'),
+                                  'midas_ref.config.cpu_multiplies_bfloat16': ( 'config.html#cpu_multiplies_bfloat16',
+                                                                                'midas_ref/config.py'),
                                   'midas_ref.config.frame_costs': ('config.html#frame_costs', 'midas_ref/config.py'),
                                   'midas_ref.config.from_dict': ('config.html#from_dict', 'midas_ref/config.py'),
                                   'midas_ref.config.head_cost': ('config.html#head_cost', 'midas_ref/config.py'),

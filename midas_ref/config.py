@@ -4,7 +4,8 @@
 __all__ = ['SPATIAL', 'MEMORY_LEVEL', 'MEMORY_HOLD', 'PRESETS', 'SECTIONS', 'VideoConfig', 'CodecConfig', 'AudioConfig',
            'PoseConfig', 'TextConfig', 'BackboneConfig', 'HeadConfig', 'NoiseConfig', 'MidasConfig', 'preset', 'Cost',
            'codec_cost', 'backbone_cost', 'head_cost', 'frame_costs', 'to_dict', 'from_dict', 'Section',
-           'DeviceSettings', 'WeightsSettings', 'AppSettings', 'Settings', 'load_settings', 'pick_device']
+           'DeviceSettings', 'WeightsSettings', 'AppSettings', 'Settings', 'load_settings', 'cpu_multiplies_bfloat16',
+           'pick_device']
 
 # %% ../nbs/00_config.ipynb #9dec16e5
 import configparser, dataclasses, importlib.util, json, os
@@ -318,9 +319,9 @@ def head_cost(
     block = (12 if dit else 5)*d*d                                           # dit: attention, feed-forward of 4x width; mlp: modulation, two layers
     once = 256*d + d*d                                                       # step embedding, once per frame
     each = channels*d + cond*d + (6 if dit else 2)*d*d + d*channels          # in, condition, modulation, out
-    look = channels*d if cfg.portrait else 0                                 # at the portrait, once per frame
+    look = channels*d if cfg.portrait else 0                                 # at the portrait: its work is done once for all steps, and not counted here
     bias = cfg.layers*(15 if dit else 7)*d + (12 if dit else 6)*d + channels
-    flops = 2*once + tokens*(2*(cfg.layers*block + each + look) + (4*tokens*d*cfg.layers if dit else 0))
+    flops = 2*once + tokens*(2*(cfg.layers*block + each) + (4*tokens*d*cfg.layers if dit else 0))
     return Cost(flops, cfg.layers*block + once + each + look + bias)
 
 # %% ../nbs/00_config.ipynb #5941f0f6
@@ -441,6 +442,11 @@ def load_settings(
     return Settings(**{s: cls(**{k: v for (t, k), v in values.items() if t == s}) for s, cls in SECTIONS.items()})
 
 # %% ../nbs/00_config.ipynb #3124d600
+def cpu_multiplies_bfloat16()->bool:
+    "Whether this processor has units for bfloat16; without them it is slower than float32."
+    import torch
+    return getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+
 def pick_device(
     settings:DeviceSettings|None=None,  # section [device]; None reads the settings file
 ):
@@ -452,6 +458,6 @@ def pick_device(
     device = torch.device(s.name if s.name != 'auto' else 'cuda' if have else 'cpu')
     _check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(), "[device] name", s.name, f"cuda:0 to cuda:{max(torch.cuda.device_count()-1, 0)}")
     if s.threads and device.type == 'cpu': torch.set_num_threads(s.threads)
-    fast = device.type == 'cuda' or getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    fast = device.type == 'cuda' or cpu_multiplies_bfloat16()
     dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16}.get(s.dtype, torch.bfloat16 if fast else torch.float32)
     return device, dtype

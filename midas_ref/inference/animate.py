@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from ..config import MEMORY_LEVEL, DeviceSettings, PRESETS, load_settings, pick_device, preset
+from ..config import MEMORY_LEVEL, DeviceSettings, PRESETS, cpu_multiplies_bfloat16, load_settings, pick_device, preset
 from ..metrics import latency
 from ..data.probes import WEIGHTS
 from ..codec.dcae import machine
@@ -70,7 +70,7 @@ def place(
 def ready(model:Midas, device, dtype)->Midas:
     "The model where it shall run; on a CPU that multiplies bfloat16, with sorted weights."
     model = model.to(device, dtype)
-    return pack(model, model.layout.frame_tokens) if torch.device(device).type == 'cpu' and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else model
+    return pack(model, model.layout.frame_tokens) if torch.device(device).type == 'cpu' and dtype == torch.bfloat16 and cpu_multiplies_bfloat16() else model
 
 def load_model(
     where:str|None=None,     # 'tiny' (bundled), a folder or a hub id; None: as settings.ini says

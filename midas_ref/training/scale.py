@@ -779,7 +779,8 @@ def step_flops(
     n, d, c = rows*chunks*cfg.chunk_tokens, cfg.backbone.width, cfg.codec.latent_channels
     body = backbone_cost(cfg.backbone, n, 0).flops
     look = backbone_cost(cfg.backbone, n, mean_keys(cfg, chunks)).flops - body
-    head = head_cost(cfg.head, cfg.video.tokens, d, c).flops*rows*chunks*cfg.frames_per_chunk*repeats
+    frames = rows*chunks*cfg.frames_per_chunk
+    head = head_cost(cfg.head, cfg.video.tokens, d, c).flops*frames*repeats + 2*frames*cfg.video.tokens*c*cfg.head.width*cfg.head.portrait   # a look at the portrait serves all passes
     width = dict(audio=cfg.audio.width, pose=64, text=cfg.text.width)
     into = sum(2*cfg.spans[k]*(f*d + d*d) for k, f in width.items()) + 2*(cfg.frame_tokens + 2*cfg.video.tokens)*c*d
     return {k: 3*v for k, v in {'backbone, matrices': body, 'backbone, attention': look, f'head, {repeats} passes': head, 'projectors': into*rows*chunks}.items()}
