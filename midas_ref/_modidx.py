@@ -1438,6 +1438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'midas_ref/model/backbone.py'),
                                           'midas_ref.model.backbone.qwen_config': ( 'model/backbone.html#qwen_config',
                                                                                     'midas_ref/model/backbone.py'),
+                                          'midas_ref.model.backbone.read_qwen': ( 'model/backbone.html#read_qwen',
+                                                                                  'midas_ref/model/backbone.py'),
                                           'midas_ref.model.backbone.register_attention': ( 'model/backbone.html#register_attention',
                                                                                            'midas_ref/model/backbone.py'),
                                           'midas_ref.model.backbone.replay': ('model/backbone.html#replay', 'midas_ref/model/backbone.py'),

@@ -307,7 +307,7 @@ def test_weights_from_a_folder(tmp_path, head):
     close(net.eval()(x), (whole.model if head else whole)(inputs_embeds=x, attention_mask=allowed).last_hidden_state)
     close(replay(net, x, net.init_state()), conditions(net, net(x)))
     assert Backbone.from_pretrained(str(tmp_path), LAYOUT, 3, dtype=torch.bfloat16).qwen.norm.weight.dtype == torch.bfloat16
-    again = Backbone(backbone_config(net.qwen), LAYOUT, 3)
+    again = Backbone(backbone_config(net.qwen.config), LAYOUT, 3)
     again.load_state_dict(net.state_dict())
 
 def test_weights_that_are_not_there(tmp_path):

@@ -443,3 +443,10 @@ def test_the_paper_weighs_all_chunks_alike():
     "What the tiny recipe adds is a setting, and off for the preset of the paper."
     assert S.train_preset('paper').recipe().first == 1 and S.train_preset('tiny').recipe().first == 3
     with pytest.raises(ValueError, match='TrainConfig.first'): S.TrainConfig(first=.5)
+
+def test_a_plan_reads_the_sizes_of_a_backbone_and_not_its_weights(capsys, tmp_path):
+    from transformers import Qwen2Config
+    Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path/'q')
+    assert cli.main(['train', 'model', str(tmp_path/'run'), '--preset', 'tiny', '--data', 'none', '--backbone', str(tmp_path/'q'), '--dry-run', '--gpus', '8']) == 0
+    assert 'published weights' in capsys.readouterr().out and not (tmp_path/'run').exists()
+    with pytest.raises(FileNotFoundError, match='no weights that can be read'): S.start_model('tiny', str(tmp_path/'q'), say=lambda _: None)[1]()

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Rotary', 'attend', 'register_attention', 'qwen_config', 'MaskedQwen', 'RingCache', 'ring_slots', 'ring_mask',
-           'RingQwen', 'load_qwen', 'backbone_config', 'Backbone', 'replay']
+           'RingQwen', 'read_qwen', 'load_qwen', 'backbone_config', 'Backbone', 'replay']
 
 # %% ../../nbs/model/42_backbone.ipynb #24e3d864
 from contextlib import nullcontext
@@ -211,12 +211,11 @@ class RingQwen(MaskedQwen):
         return torch.where(ok[:, None, None], h, torch.nan)
 
 # %% ../../nbs/model/42_backbone.ipynb #38bb30cd
-def load_qwen(
+def read_qwen(
     name:str,                      # folder, or hub id such as 'Qwen/Qwen2.5-3B'
-    dtype:torch.dtype|str='auto',  # number type; 'auto' keeps that of the weights
-):                                 # Qwen2Model with our attention; its embedding table is still there
-    "Published Qwen2 weights (safetensors); one clear error if they are not there or not Qwen2."
-    from transformers import AutoConfig, Qwen2Model
+):                                 # Qwen2Config
+    "The sizes of a published Qwen2, without its weights; one clear error if they are not there or not Qwen2."
+    from transformers import AutoConfig
     try: config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"No model is found under {name!r}; accepted: a folder with config.json and *.safetensors, or a hub id such as 'Qwen/Qwen2.5-3B' "
@@ -224,6 +223,15 @@ def load_qwen(
     if config.model_type != 'qwen2': raise ValueError(f"{name!r} is a {config.model_type!r} model; accepted: 'qwen2', such as Qwen/Qwen2.5-0.5B or Qwen/Qwen2.5-3B.")
     if config.rope_parameters['rope_type'] != 'default':
         raise ValueError(f"{name!r} has rotary angles of type {config.rope_parameters['rope_type']!r}; accepted: 'default', which needs no stretching for a window this short.")
+    return config
+
+def load_qwen(
+    name:str,                      # folder, or hub id such as 'Qwen/Qwen2.5-3B'
+    dtype:torch.dtype|str='auto',  # number type; 'auto' keeps that of the weights
+):                                 # Qwen2Model with our attention; its embedding table is still there
+    "Published Qwen2 weights (safetensors); one clear error if they are not there or not Qwen2."
+    from transformers import Qwen2Model
+    config = read_qwen(name)
     try: qwen, info = Qwen2Model.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True, attn_implementation=register_attention(), output_loading_info=True)
     except OSError as e: raise FileNotFoundError(f"{name!r} has a config.json but no weights that can be read; accepted: *.safetensors beside it. Transformers says: {str(e).strip().splitlines()[0]}") from None
     gone = sorted(k for k in info['missing_keys'] if 'embed_tokens' not in k)
@@ -232,11 +240,10 @@ def load_qwen(
     return qwen
 
 def backbone_config(
-    qwen:nn.Module,     # a `Qwen2Model`
+    c,                  # a `Qwen2Config`
     name:str='',        # where its weights came from
 )->BackboneConfig:
     "The sizes of a model of transformers in our words."
-    c = qwen.config
     return BackboneConfig(width=c.hidden_size, layers=c.num_hidden_layers, heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
                           head_dim=getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads, ffn=c.intermediate_size,
                           rope_theta=c.rope_parameters['rope_theta'], name=name)
@@ -254,7 +261,7 @@ class Backbone(RingQwen, Streaming):
     ):
         "A backbone with published weights; its sizes come from them."
         qwen = load_qwen(name, dtype)
-        return cls(backbone_config(qwen, name), layout, window, full, qwen)
+        return cls(backbone_config(qwen.config, name), layout, window, full, qwen)
 
     def memory(self,
         state:StreamState,   # of this model, or of a larger one that contains it

@@ -30,7 +30,7 @@ from ..codec.train import RunLog
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import text_encoder
-from ..model.backbone import load_qwen, backbone_config, Backbone
+from ..model.backbone import read_qwen, backbone_config, Backbone
 from ..model.mask import training_mask
 from ..model.midas import Midas
 from ..model.noise import noise_sigmas
@@ -684,7 +684,7 @@ def start_model(
         say(f'All weights come from {start_from}.')
         return from_dict(info['midas'], MidasConfig), make
     cfg = preset(name)
-    if backbone: cfg = dataclasses.replace(cfg, backbone=backbone_config(load_qwen(backbone), backbone))
+    if backbone: cfg = dataclasses.replace(cfg, backbone=backbone_config(read_qwen(backbone), backbone))
     def make():
         torch.manual_seed(seed)
         return Midas(cfg, backbone=Backbone.from_pretrained(backbone, chunk_layout(cfg), cfg.window_chunks, dtype=torch.float32) if backbone else None)
