@@ -44,7 +44,7 @@ def draw(a):
     "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; a second process may begin at the other end."
     source, out = Path(a.scenes), Path(a.out); out.mkdir(parents=True, exist_ok=True)
     midas = T.new_midas('tiny', weights=a.weights).to(a.device)
-    people, who, done = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu'), 0, set()
+    people, who, done = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu', freckled=a.freckled), 0, set()
     while not (out/'stop').exists() and len(list(out.glob('*.safetensors'))) < a.most:
         ready = [p for p in sorted(source.glob('*.safetensors'), reverse=bool(a.backwards)) if p.stem not in done]
         if not ready: time.sleep(.5); continue
@@ -112,7 +112,7 @@ def main():
         q = kinds.add_parser(f.__name__, help=f.__doc__); q.set_defaults(run=f); q.add_argument('--weights', default=str(WEIGHTS), help='folder of codec/ and audio.safetensors')
         for name, default in options: q.add_argument(name, **({} if default is None else dict(default=default, type=type(default))))
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
-    kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--backwards', 0), ('--most', 10**6), ('--first', 0), ('--workers', 20))
+    kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--backwards', 0), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3))
     kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--least', 12), ('--resume', ''))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)

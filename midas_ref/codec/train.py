@@ -5,9 +5,9 @@ __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structur
            'detail_error', 'FeatureLoss', 'Errors', 'Critic', 'pull', 'near_identity', 'average', 'join_ranks',
            'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere', 'agree', 'StackedMuon', 'inner_kernels',
            'codec_optimisers', 'Compiled', 'record', 'Drawing', 'SpatialTrainer', 'moments', 'load_moments',
-           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'settle_norms', 'RunLog', 'train_codec', 'strip',
-           'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part', 'codec_trainer',
-           'exam_hash', 'exam', 'freckles_kept']
+           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'twin_error', 'Twins', 'settle_norms', 'RunLog',
+           'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part',
+           'codec_trainer', 'exam_hash', 'exam', 'freckles_kept']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -23,9 +23,9 @@ from einops import rearrange
 from ..config import preset
 from ..metrics import flicker, pearson, psnr, ssim
 from ..data import portraits
-from ..data.portraits import KEYPOINTS, MOTION, Identity, bake, keypoints, pose
+from ..data.portraits import KEYPOINTS, MOTION, Identity, bake, keypoints, pose, with_freckles
 from ..data.clips import frame_times, motion, write_script
-from ..data.probes import WEIGHTS, judge, load_probe, random_motion
+from ..data.probes import WEIGHTS, judge, load_probe, person, random_motion
 from .blocks import GatedConv, LinearAttention, ResBlock
 from .dcae import DCAE, fit_statistics, load_dcae, read_safetensors
 from .temporal import VideoDCAE
@@ -337,8 +337,9 @@ class Drawing:
         if self.home:
             with torch.no_grad(): was = self.home(x if x.ndim == 5 else x[:, None]).view(z.shape)
             self.strayed = ((z.float() - was.float())/self.model.std[:, None, None]).square().mean()
-        noise = torch.randn(z.shape, generator=self.g, device=z.device)
-        share = self.z_noise*torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device).square()      # a third of all pictures have a tenth of the most noise, or less
+        tied = (lambda v: v.unflatten(0, (-1, 4))[:, [0, 1, 0, 1]].flatten(0, 1)) if self.w['twin'] else lambda v: v      # what disturbs twins must not make them differ
+        noise = tied(torch.randn(z.shape, generator=self.g, device=z.device))
+        share = self.z_noise*tied(torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device)).square()      # a third of all pictures have a tenth of the most noise, or less
         channel = z.ndim - 3
         return self.decode(z + (share*noise).to(z.dtype)*z.detach().std([d for d in range(z.ndim) if d != channel], keepdim=True))
 
@@ -364,7 +365,7 @@ class SpatialTrainer(Drawing):
         home:nn.Module|None=None,  # encoder of a `VideoDCAE` from whose latents the new ones shall not stray, see `w['stray']`
     ):
         self.model, self.z_noise, self.late, self.lr, self.step, self.fuse = model, z_noise, late, lr, 0, fuse
-        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.05, detail=.1, feature=.06, critic=.2, change=1.) | ({} if home is None else dict(stray=1.))   # that of the critic is the share of `pull`
+        self.w = dict(pixel=1., edge=.5, structure=.8, texture=.05, detail=.1, feature=.06, critic=.2, change=1., twin=0.) | ({} if home is None else dict(stray=1.))   # that of the critic is the share of `pull`
         self.home = home and (Compiled(home) if fuse else home)
         self.device = next(model.parameters()).device
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -403,7 +404,9 @@ class SpatialTrainer(Drawing):
         x = x.contiguous(memory_format=torch.channels_last)
         if self.record: record(self, x, masks)
         with self.half(): y = self.through(x)
-        out = self.move(y, *self.score(y, x, masks), progress)
+        loss, parts = self.score(y, x, masks)
+        if self.w['twin']: parts['twin'] = twin_error(y, x); loss = loss + self.w['twin']*parts['twin']      # of pictures that `Twins` drew
+        out = self.move(y, loss, parts, progress)
         self.teach(y, x, progress)
         return out
 
@@ -489,6 +492,38 @@ class DrawnPictures:
         "Cut what was drawn into batches."
         cut = lambda v: rearrange(v, '(g b) (s t) c h w -> (g s) b t c h w', g=self.groups, s=self.sets)
         return [tuple(v.flatten(0, 1) for v in batch) for batch in zip(*map(cut, drawn))]
+
+# %% ../../nbs/codec/24_train.ipynb #b76f86a0
+def twin_error(
+    y:Tensor,  # reconstruction, (people*4, 3, h, w): of each person two pictures, then their twins
+    x:Tensor,  # truth, same shape
+)->Tensor:     # scalar; 0 if there are no twins
+    "How wrong is the difference of twins? Pictures that differ in more than spots are no twins."
+    apart = lambda v: (v[:, 2:] - v[:, :2]).flatten(0, 1)
+    d, t = (apart(v.float().unflatten(0, (-1, 4))) for v in (y, x))
+    there = fine(t).square().sum((1, 2, 3))
+    alike = (t.abs().mean((1, 2, 3)) < .03) & (there > 1)
+    wrong = fine(d - t).square().sum((1, 2, 3))
+    return (torch.log1p(wrong/there.clamp(min=1))*alike).sum()/alike.sum().clamp(min=1)
+
+class Twins(DrawnPictures):
+    "Portraits of which the second half are the first half again, with freckles; only of people with light, smooth and plain skin."
+    @torch.no_grad()
+    def draw(self)->tuple:   # pictures (people, frames, 3, h, w), masks (people, frames, 2, h, w)
+        "Four pictures of a person for each batch: two, and their twins; of all others four that have nothing to do with each other."
+        (b, t), p = (self.size[0]*self.groups, 4*self.sets), self.people
+        who = torch.randperm(len(p.layers), generator=p.g, device=p.device)[:b]
+        can = torch.tensor([self.plain(p.seeds[i]) for i in who.tolist()], device=p.device)
+        m = random_motion(b*t, p.pool, p.g)[0].view(b, -1, 4, len(MOTION))
+        m[:, :, 2:] = torch.where(can[:, None, None, None], m[:, :, :2], m[:, :, 2:])
+        amount = (.5 + .5*torch.rand(b, generator=p.g, device=p.device))*can
+        layers = p.layers[who]
+        x = torch.cat([p.pose(l, v.flatten(1, 2)).clamp(-1, 1).unflatten(1, (-1, 2)) for l, v in ((layers, m[:, :, :2]), (with_freckles(layers, amount), m[:, :, 2:]))], 2).flatten(1, 2)
+        return x.float(), face_masks(keypoints(layers, m.flatten(1, 2)).flatten(0, 1), *x.shape[-2:]).unflatten(0, x.shape[:2])
+
+    def plain(self, seed:int)->bool:
+        who = person(seed, self.people.freckled)
+        return who.skin < .45 and who.freckles == 0 and who.beard in ('none', 'stubble') and who.age < 62
 
 # %% ../../nbs/codec/24_train.ipynb #c3b2408d
 @torch.no_grad()

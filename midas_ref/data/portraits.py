@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['MOTION', 'MOUTH', 'HEAD', 'MOTION_RANGE', 'EXPRESSIONS', 'SKIN', 'HAIR_COLORS', 'EYE_COLORS', 'HAIRS', 'BEARDS',
            'GLASSES', 'CLOTHES', 'BACKGROUNDS', 'CLOTH_COLORS', 'BACK_COLORS', 'PATTERNS', 'EYE_Y', 'MOUTH_Y', 'PIVOT',
-           'SKIN_BOX', 'HAIR_BOX', 'YAW_RANGE', 'PITCH_RANGE', 'STRAND_BOX', 'TORSO_BOX', 'GLASS_BOX', 'GLASS_Z',
-           'FACE', 'COLORS', 'EYE_BOX', 'MOUTH_BOX', 'PARTS', 'SKULL_POINTS', 'KEYPOINTS', 'SKULL', 'SHOULDERS', 'LIPS',
-           'SHOULDER', 'REGIONS', 'neutral_motion', 'expression', 'Identity', 'random_identity', 'lerp', 'step', 'bump',
-           'smin', 'smax', 'ellipsoid', 'capsule', 'pattern', 'noise', 'rgb', 'skin_color', 'face_params', 'skull',
-           'head', 'hairline', 'strand_frame', 'hair', 'Volume', 'rotation', 'apply', 'trace', 'view_grid',
-           'box_points', 'sample', 'light_rig', 'dot', 'occlusion', 'shadow', 'shade_skin', 'shade_hair', 'volumes',
-           'unit', 'bake_views', 'freckles', 'beard_mask', 'hair_color', 'bake_skin', 'bake_strands', 'torso',
-           'triangle', 'bake_torso', 'bake_background', 'glass_shape', 'bake_glasses', 'Layers', 'camera', 'sheet_size',
-           'face_vectors', 'bake', 'channels', 'face_of', 'eye_lines', 'over', 'draw_eyes', 'lip_shape', 'lip_lines',
-           'draw_mouth', 'blend_views', 'clamped', 'flesh', 'head_plane', 'read', 'Shot', 'skin_layer', 'hair_layer',
-           'body_layer', 'glasses_layer', 'paint_over', 'develop', 'pose', 'compiled_pose', 'share_parts', 'keypoints',
-           'regions']
+           'SKIN_BOX', 'HAIR_BOX', 'YAW_RANGE', 'PITCH_RANGE', 'SPOT', 'FRECKLES', 'STRAND_BOX', 'TORSO_BOX',
+           'GLASS_BOX', 'GLASS_Z', 'FACE', 'COLORS', 'EYE_BOX', 'MOUTH_BOX', 'PARTS', 'SKULL_POINTS', 'KEYPOINTS',
+           'SKULL', 'SHOULDERS', 'LIPS', 'SHOULDER', 'REGIONS', 'neutral_motion', 'expression', 'Identity',
+           'random_identity', 'lerp', 'step', 'bump', 'smin', 'smax', 'ellipsoid', 'capsule', 'pattern', 'noise', 'rgb',
+           'skin_color', 'face_params', 'skull', 'head', 'hairline', 'strand_frame', 'hair', 'Volume', 'rotation',
+           'apply', 'trace', 'view_grid', 'box_points', 'sample', 'light_rig', 'dot', 'occlusion', 'shadow',
+           'shade_skin', 'shade_hair', 'volumes', 'unit', 'bake_views', 'freckles', 'beard_mask', 'hair_color',
+           'bake_skin', 'bake_strands', 'torso', 'triangle', 'bake_torso', 'bake_background', 'glass_shape',
+           'bake_glasses', 'Layers', 'camera', 'sheet_size', 'face_vectors', 'bake', 'with_freckles', 'channels',
+           'face_of', 'eye_lines', 'over', 'draw_eyes', 'lip_shape', 'lip_lines', 'draw_mouth', 'blend_views',
+           'clamped', 'flesh', 'head_plane', 'read', 'Shot', 'skin_layer', 'hair_layer', 'body_layer', 'glasses_layer',
+           'paint_over', 'develop', 'pose', 'compiled_pose', 'share_parts', 'keypoints', 'regions']
 
 # %% ../../nbs/data/10_portraits.ipynb #6e576df2
 import math
@@ -658,21 +658,20 @@ def bake_views(
     return tuple(out)
 
 # %% ../../nbs/data/10_portraits.ipynb #d21f344d
+SPOT = (0.28, 0.42, 0.5) # how much red, green and blue light the darkest spot takes
+FRECKLES = ((0.19, -0.15), (0.31, -0.11), (0.44, -0.16), (0.245, -0.245), (0.375, -0.235), (0.30, -0.335), (0.075, -0.055)) # places on the right half of a face
+
 def freckles(
     x: Tensor, # place in face units, (h, w)
     y: Tensor, # the same upwards, (h, w)
-    count: int = 30, # of them
 ) -> Tensor: # (h, w) in 0..1
-    "Round spots on cheeks and nose, 3 to 5 pixels wide in a picture of 256 and well apart, for a 64x codec to keep; the same ones in every face."
-    g, places = torch.Generator().manual_seed(PATTERNS * 5), []
-    while len(places) < count:
-        a, b = (torch.rand(2, generator=g) * torch.tensor([1.16, 0.40]) - torch.tensor([0.58, 0.41])).tolist()
-        cheek = ((abs(a) - 0.30) / 0.27) ** 2 + ((b + 0.22) / 0.16) ** 2 < 1
-        if (cheek or abs(a) < 0.10 and -0.30 < b < -0.02) and all(math.hypot(a - c, b - d) > 0.072 for c, d in places): places.append((a, b))
-    r, dark = 0.0215 + 0.013 * torch.rand(count, generator=g), 0.65 + 0.35 * torch.rand(count, generator=g)
+    "Round spots on cheeks and nose, 5 or 6 pixels wide in a picture of 256 and well apart, for a 64x codec to keep; in every face the same fourteen."
     out = torch.zeros_like(x)
-    for (a, b), c, d in zip(places, r.tolist(), dark.tolist()):
-        out = torch.maximum(out, d * step(1.4, 0.6, ((x - a) ** 2 + (y - b) ** 2).sqrt() / c))
+    for k, (a, b) in enumerate(FRECKLES):
+        for side in (-1, 1):
+            r, dark = 0.036 + 0.008 * math.cos(2.4 * k + side), 0.85 + 0.15 * math.sin(1.7 * k + side) # no two alike
+            dx, dy = x - side * a, y - b - 0.012 * side * math.cos(2.1 * k)
+            out = torch.maximum(out, dark * step(1.35, 0.65, (dx ** 2 + dy ** 2).sqrt() / r))
     return out
 
 # %% ../../nbs/data/10_portraits.ipynb #ff202914
@@ -720,7 +719,7 @@ def bake_skin(
     c = c * (1 - (0.14 + 0.16 * old) * disc(f["ex"] - 0.02, -0.155, 0.12, 0.045)) # under the eyes
     amount = max(i.freckles, 0.5 * old - 0.2)
     spots = (freckles(x, y) if amount > 0 else 0) + 0.35 * step(0.72, 1.1, n(84)) + 0.35 * old * step(1.05, 1.3, n(36))
-    c = c * (1 - torch.tensor([0.28, 0.42, 0.5], device=dev)[:, None, None] * (amount * spots).clamp(0, 1))
+    c = c * (1 - torch.tensor(SPOT, device=dev)[:, None, None] * (amount * spots).clamp(0, 1))
     fold = 0 * x
     for k in range(3): fold = fold + bump(y - 0.27 - 0.085 * k - 0.03 * torch.cos(5 * x + k) + 0.006 * n(8), 0.013) * step(0.42, 0.2, ax)
     for a in (-0.5, -0.05, 0.4):
@@ -1046,6 +1045,17 @@ def bake(
                            bake_torso(i, th, tw, device)[None], bake_background(i, (col + 0.5 - cx) / s, (cy - row - 0.5) / s)[None],
                            bake_glasses(i, device)[None], depth[None, None], brows.to(device)[None, None], face.to(device)[None], colors.to(device)[None]))
     return Layers.stack(rows)
+
+# %% ../../nbs/data/10_portraits.ipynb #8b3fd12b
+def with_freckles(
+    layers: Layers, # of people without any
+    amount: float | Tensor = 0.8, # 0 to 1, one for all or (b,)
+) -> Layers: # the same people, freckled; a beard gets its share as well
+    "Paint freckles on baked skin."
+    spots = freckles(*box_points(SKIN_BOX, *layers.skin.shape[-2:], layers.skin.device))
+    amount = torch.as_tensor(amount, device=spots.device).view(-1, 1, 1, 1)
+    light = 1 - torch.tensor(SPOT, device=spots.device)[:, None, None] * amount * spots
+    return replace(layers, skin=torch.cat([layers.skin[:, :3] * light, layers.skin[:, 3:]], 1))
 
 # %% ../../nbs/data/10_portraits.ipynb #73afee16
 def channels(

@@ -150,10 +150,11 @@ def new_probe(
 # %% ../../nbs/data/14_probes.ipynb #88309f53
 def person(
     seed:int,            # of the identity
-    freckled:float=0.,   # share of light-skinned people who are given freckles, which few are born with
+    freckled:float|None=0.,   # share of light-skinned people who are given freckles, which few are born with; None: they are taken from all
 )->Identity:
     "Somebody to learn from."
     who, rng = Identity.random(seed), np.random.default_rng([seed, 14])
+    if freckled is None: return replace(who, freckles=0.)
     return replace(who, freckles=rng.uniform(.5, 1)) if who.skin < .45 and rng.random() < freckled else who
 
 # %% ../../nbs/data/14_probes.ipynb #eb339a37
@@ -176,7 +177,7 @@ class People:
         workers:int=0,      # processes that bake ahead (a script then needs `if __name__ == '__main__'`); 0 bakes when asked
         fast:bool=False,    # compile the renderer (GPU)
         bake_on=None,       # where workers bake; None: on `device`. 'cpu' leaves the GPU to the training, but wants a dozen workers
-        freckled:float=0.,  # see `person`
+        freckled:float|None=0.,  # see `person`
     ):
         self.pool, self.device, self.views, self.freckled = pool.to(device), device, views, freckled
         self.g, self.next, self.turn = torch.Generator(device).manual_seed(seed), first, 0
