@@ -174,7 +174,7 @@ def train_probe(a):
     option('--batch', type=number(int, 1), default=None, help='pictures or clips of a step (default 64 frames in all)'),
     option('--data', metavar='SHARDS', nargs='+', help='packed recordings instead of drawn people'),
     option('--freckled', type=number(float, 0, 1), default=0., metavar='SHARE', help='share of light-skinned people who are given freckles (default 0)'),
-    option('--twins', type=number(float, 0, 10), default=0., metavar='WEIGHT', help='stage 1: draw light-skinned people with and without freckles, and give the error of the difference this weight (default 0: no twins)'),
+    option('--twins', type=number(float, 0, 10), default=0., metavar='WEIGHT', help='draw light-skinned people with and without freckles, and give the error of the difference this weight (default 0: no twins)'),
     option('--weight', metavar='NAME=VALUE', action='append', default=[], help='weight of an error: pixel, edge, structure, texture, detail, feature, change; or critic, the say of the adversary in lengths of the gradient of all others; may be repeated'),
     option('--reuse', type=number(int, 1, 64), default=None, help='times that each drawn picture is shown (default 3 on a GPU, which learns faster than it draws, and 1 on a processor)'),
     option('--people', type=number(int, 2), default=160, help='people kept baked (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0); give another for each piece'),
@@ -185,7 +185,7 @@ def train_codec(a):
     from midas_ref.codec import train as T
     device, out = T.join_ranks(device_of(a.device)), Path(a.out)
     if a.decoder_only and a.stage != 3: raise ValueError(f"--decoder-only belongs to stage 3; --stage is {a.stage}.")
-    if a.twins and (a.stage != 1 or a.data): raise ValueError("--twins belongs to stage 1 with drawn people.")
+    if a.twins and a.data: raise ValueError("--twins is for drawn people; recordings have no twins.")
     if a.twins and a.batch and a.batch % 4: raise ValueError(f"--batch is {a.batch}; with --twins it must be a multiple of 4.")
     if a.late is not None and a.stage != 1: raise ValueError(f"--late belongs to stage 1; --stage is {a.stage}.")
     gpu, late = device != 'cpu', {} if a.late is None else dict(late=a.late)
@@ -212,7 +212,7 @@ def _codec_data(a, device):
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.data.probes import People, mouth_pool
     people = People(a.people, mouth_pool(300), a.first + T.rank()*(TEST_IDENTITIES//T.world()), device, seed=T.rank(), workers=a.workers, bake_on=a.bake_on, freckled=None if a.twins else a.freckled)   # every process has people of its own; the renderer stays as it is: what is shown three times need not be drawn in a hurry
-    if frames > 1: return T.DrawnClips(people, T.motion_pool(300), (min(batch, a.people), frames), ahead=8 if gpu else 1, reuse=reuse)
+    if frames > 1: return (T.TwinClips if a.twins else T.DrawnClips)(people, T.motion_pool(300), (min(batch, a.people//4*4 if a.twins else a.people), frames), ahead=8 if gpu else 1, reuse=reuse)
     if a.twins: return T.Twins(people, (min(16, a.people, batch//4), 4), ahead=8 if gpu else 1, reuse=reuse)
     n = min(16, a.people, batch)
     return T.DrawnPictures(people, (n, max(1, batch//n)), ahead=8 if gpu else 1, reuse=reuse)

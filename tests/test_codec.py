@@ -536,6 +536,45 @@ def test_freckles_are_given_to_light_skins_alone():
     changed = [a for a, b in zip(given, born) if a != b]; light = sum(b.skin < .45 for b in born)
     assert .35*light < len(changed) < .65*light and all(a.skin < .45 and .5 <= a.freckles <= 1 for a in changed)
 
+def twins_of(cls, frames=None):
+    "A batch of eight from two people, one with light plain skin (seed 8) and one without (seed 10)."
+    from midas_ref.codec import train as T
+    from midas_ref.data.probes import People, mouth_pool
+    people = People(2, mouth_pool(1), 8, views=(1, 1), freckled=None); people.seeds[1] = 10      # the second is taken for somebody who cannot have freckles
+    return T.Twins(people, (2, 4))() if frames is None else T.TwinClips(people, T.motion_pool(2), (8, frames))()
+
+@pytest.mark.parametrize('cls, frames', [('Twins', None), ('TwinClips', 2)])
+def test_twins_differ_in_freckles_alone(cls, frames):
+    from midas_ref.codec.train import twin_error
+    x, masks = twins_of(cls, frames)
+    fours = x.unflatten(0, (-1, 4)); apart = (fours[:, 2:] - fours[:, :2]).abs().flatten(2)
+    same = apart.mean(-1) < .03
+    assert x.shape[:-3] == ((8,) if frames is None else (8, 2)) and masks.shape[-3] == 2
+    assert same.any() and not same.all() and (apart[same] > .02).float().mean() < .05 and apart[same].max() > .1     # a few spots, and nothing else
+    assert twin_error(x, x) == 0 and abs(twin_error(fours[:, [0, 1, 0, 1]].flatten(0, 1), x).item() - .6931) < 1e-3
+    half = fours.clone(); half[:, 2:][same] = (fours[:, :2][same] + fours[:, 2:][same])/2
+    assert abs(twin_error(half.flatten(0, 1), x).item() - .2231) < 1e-3                     # half of each spot: log(1 + 1/4)
+    other = fours.clone(); other[:, 2:][~same] = 0
+    assert twin_error(other.flatten(0, 1), x) == 0                                          # who is no twin does not count
+
+def test_twins_are_disturbed_alike():
+    from midas_ref.codec.train import SpatialTrainer
+    from midas_ref.data.probes import new_probe
+    trainer = SpatialTrainer(image(LIGHT), new_probe('a'), z_noise=.2)
+    trainer.encode = lambda x: x; trainer.decode = lambda z: z
+    x = torch.randn(8, 64, 4, 4)
+    for weight, alike in ((.3, True), (0., False)):
+        trainer.w['twin'] = weight
+        noise = (trainer.through(x) - x).unflatten(0, (2, 4))
+        assert torch.allclose(noise[:, :2], noise[:, 2:], atol=1e-6) == alike and not torch.allclose(noise[:, 0], noise[:, 1], atol=1e-6)
+
+@pytest.mark.parametrize('more, says', [(['--batch', '6'], 'a multiple of 4'), (['--data', 'shards'], 'recordings have no twins')])
+def test_twins_are_refused_where_there_are_none(more, says, tmp_path, capsys):
+    from midas_ref.cli import main
+    assert main(['train', 'codec', str(tmp_path/'run'), '--twins', '.3', '--device', 'cpu', *more]) == 2
+    out = capsys.readouterr().err
+    assert says in out and out.count('\n') == 1
+
 @pytest.mark.parametrize('given, says', [('freckles=1', 'accepted: one of pixel'), ('detail=many', 'a number'), ('detail', 'a number'), ('pixel=-1', 'a number')])
 def test_weights_of_errors_are_checked(given, says, tmp_path, capsys):
     from midas_ref.cli import main

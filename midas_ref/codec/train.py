@@ -5,9 +5,9 @@ __all__ = ['CODEC', 'HELD', 'face_masks', 'placed_mean', 'edge_error', 'structur
            'detail_error', 'FeatureLoss', 'Errors', 'Critic', 'pull', 'near_identity', 'average', 'join_ranks',
            'together', 'rank', 'world', 'mean_over_ranks', 'same_everywhere', 'agree', 'StackedMuon', 'inner_kernels',
            'codec_optimisers', 'Compiled', 'record', 'Drawing', 'SpatialTrainer', 'moments', 'load_moments',
-           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'twin_error', 'Twins', 'settle_norms', 'RunLog',
-           'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'box_masks', 'RealClips', 'image_part',
-           'codec_trainer', 'exam_hash', 'exam', 'freckles_kept']
+           'save_checkpoint', 'load_checkpoint', 'DrawnPictures', 'twin_error', 'plain_skins', 'Twins', 'settle_norms',
+           'RunLog', 'train_codec', 'strip', 'ClipTrainer', 'motion_pool', 'DrawnClips', 'TwinClips', 'box_masks',
+           'RealClips', 'image_part', 'codec_trainer', 'exam_hash', 'exam', 'freckles_kept']
 
 # %% ../../nbs/codec/24_train.ipynb #81469caa
 import copy, hashlib, importlib.util, json, math, os, time
@@ -495,16 +495,24 @@ class DrawnPictures:
 
 # %% ../../nbs/codec/24_train.ipynb #b76f86a0
 def twin_error(
-    y:Tensor,  # reconstruction, (people*4, 3, h, w): of each person two pictures, then their twins
+    y:Tensor,  # reconstruction, pictures (4n, 3, h, w) or clips (4n, t, 3, h, w): in every four two, then their twins
     x:Tensor,  # truth, same shape
 )->Tensor:     # scalar; 0 if there are no twins
     "How wrong is the difference of twins? Pictures that differ in more than spots are no twins."
-    apart = lambda v: (v[:, 2:] - v[:, :2]).flatten(0, 1)
+    apart = lambda v: (v[:, 2:] - v[:, :2]).flatten(0, -4)
     d, t = (apart(v.float().unflatten(0, (-1, 4))) for v in (y, x))
     there = fine(t).square().sum((1, 2, 3))
     alike = (t.abs().mean((1, 2, 3)) < .03) & (there > 1)
     wrong = fine(d - t).square().sum((1, 2, 3))
     return (torch.log1p(wrong/there.clamp(min=1))*alike).sum()/alike.sum().clamp(min=1)
+
+def plain_skins(
+    people,      # a `People` of page 14
+    who:Tensor,  # rows of it, (n,)
+)->Tensor:       # bool, (n,)
+    "Whose skin is light, smooth and without spots, so that freckles would be seen?"
+    ask = lambda i: i.skin < .45 and i.freckles == 0 and i.beard in ('none', 'stubble') and i.age < 62
+    return torch.tensor([ask(person(people.seeds[k], people.freckled)) for k in who.tolist()], device=people.device)
 
 class Twins(DrawnPictures):
     "Portraits of which the second half are the first half again, with freckles; only of people with light, smooth and plain skin."
@@ -513,17 +521,13 @@ class Twins(DrawnPictures):
         "Four pictures of a person for each batch: two, and their twins; of all others four that have nothing to do with each other."
         (b, t), p = (self.size[0]*self.groups, 4*self.sets), self.people
         who = torch.randperm(len(p.layers), generator=p.g, device=p.device)[:b]
-        can = torch.tensor([self.plain(p.seeds[i]) for i in who.tolist()], device=p.device)
+        can = plain_skins(p, who)
         m = random_motion(b*t, p.pool, p.g)[0].view(b, -1, 4, len(MOTION))
         m[:, :, 2:] = torch.where(can[:, None, None, None], m[:, :, :2], m[:, :, 2:])
         amount = (.5 + .5*torch.rand(b, generator=p.g, device=p.device))*can
         layers = p.layers[who]
         x = torch.cat([p.pose(l, v.flatten(1, 2)).clamp(-1, 1).unflatten(1, (-1, 2)) for l, v in ((layers, m[:, :, :2]), (with_freckles(layers, amount), m[:, :, 2:]))], 2).flatten(1, 2)
         return x.float(), face_masks(keypoints(layers, m.flatten(1, 2)).flatten(0, 1), *x.shape[-2:]).unflatten(0, x.shape[:2])
-
-    def plain(self, seed:int)->bool:
-        who = person(seed, self.people.freckled)
-        return who.skin < .45 and who.freckles == 0 and who.beard in ('none', 'stubble') and who.age < 62
 
 # %% ../../nbs/codec/24_train.ipynb #c3b2408d
 @torch.no_grad()
@@ -656,7 +660,9 @@ class ClipTrainer(SpatialTrainer):
         flat, truth = y.flatten(0, 1), x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         loss, parts = self.score(flat, truth, masks.flatten(0, 1))
         parts['change'] = placed_mean((y.float().diff(dim=1) - x.diff(dim=1)).abs().flatten(0, 1), masks[:, 1:].flatten(0, 1))
-        out = self.move(y, loss + self.w['change']*parts['change'], parts, progress)
+        loss = loss + self.w['change']*parts['change']
+        if self.w['twin']: parts['twin'] = twin_error(y, x); loss = loss + self.w['twin']*parts['twin']      # of clips that `TwinClips` drew
+        out = self.move(y, loss, parts, progress)
         self.teach(flat, truth, progress)
         return out
 
@@ -687,9 +693,8 @@ class DrawnClips(DrawnPictures):
         super().__init__(people, batch, fresh, ahead, reuse)
         self.tracks = tracks.to(people.device, torch.float32)
 
-    @torch.no_grad()
-    def draw(self)->tuple:   # clips (b, t, 3, h, w), masks (b, t, 2, h, w)
-        "Windows of scenes, each with somebody."
+    def cast(self)->tuple:   # rows of the crowd (b,), motion (b, t, m)
+        "Who plays which windows of which scenes."
         b, t, p = self.size[0]*self.groups*self.sets, self.size[1], self.people
         draw = lambda *s: torch.rand(*s, generator=p.g, device=p.device)
         scene, start = (draw(b)*len(self.tracks)).long(), (draw(b)*(self.tracks.shape[1] - t + 1)).long()
@@ -697,11 +702,31 @@ class DrawnClips(DrawnPictures):
         offset = torch.zeros(b, m.shape[-1], device=p.device)
         offset[:, HELD] = random_motion(b, p.pool, p.g)[0][:, HELD] * (draw(b, 1) < .5)
         m = torch.where(draw(b, 1, 1) < .125, m[:, :1], m) + offset[:, None]
-        who = torch.randperm(len(p.layers), generator=p.g, device=p.device)[torch.arange(b, device=p.device) % len(p.layers)]
-        x = p.draw(who, m).float()
-        return x, face_masks(keypoints(p.layers[who], m).flatten(0, 1), *x.shape[-2:]).unflatten(0, (b, t))
+        return torch.randperm(len(p.layers), generator=p.g, device=p.device)[torch.arange(b, device=p.device) % len(p.layers)], m
+
+    @torch.no_grad()
+    def draw(self)->tuple:   # clips (b, t, 3, h, w), masks (b, t, 2, h, w)
+        "Windows of scenes, each with somebody."
+        who, m = self.cast()
+        return self.seen(self.people.draw(who, m).float(), who, m)
+
+    def seen(self, x:Tensor, who:Tensor, m:Tensor)->tuple: return x, face_masks(keypoints(self.people.layers[who], m).flatten(0, 1), *x.shape[-2:]).unflatten(0, m.shape[:2])
 
     def split(self, *drawn)->list: return list(zip(*(v.split(self.size[0]) for v in drawn)))
+
+# %% ../../nbs/codec/24_train.ipynb #93705334
+class TwinClips(DrawnClips):
+    "Windows of which the third and fourth of every four are the first two again, with freckles."
+    @torch.no_grad()
+    def draw(self)->tuple:   # clips (b, t, 3, h, w), masks (b, t, 2, h, w)
+        "Clips of people with plain light skin, and their twins; all others have nothing to do with each other."
+        who, m = (v.unflatten(0, (-1, 4)).clone() for v in self.cast())
+        can = plain_skins(self.people, who[:, :2].flatten()).view(-1, 2)
+        who[:, 2:], m[:, 2:] = torch.where(can, who[:, :2], who[:, 2:]), torch.where(can[..., None, None], m[:, :2], m[:, 2:])
+        amount = torch.cat([0.*can, (.5 + .5*torch.rand(can.shape, generator=self.people.g, device=can.device))*can], 1)
+        who, m = who.flatten(), m.flatten(0, 1)
+        x = self.people.pose(with_freckles(self.people.layers[who], amount.flatten()), m).clamp(-1, 1)
+        return self.seen(x.float(), who, m)
 
 # %% ../../nbs/codec/24_train.ipynb #73b7922e
 def box_masks(
