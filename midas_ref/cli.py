@@ -187,13 +187,15 @@ def train_codec(a):
     if a.decoder_only and a.stage != 3: raise ValueError(f"--decoder-only belongs to stage 3; --stage is {a.stage}.")
     if a.twins and a.data: raise ValueError("--twins is for drawn people; recordings have no twins.")
     if a.twins and a.batch and a.batch % 4: raise ValueError(f"--batch is {a.batch}; with --twins it must be a multiple of 4.")
+    if a.twins and a.people < 4: raise ValueError(f"--people is {a.people}; with --twins 4 or more.")
+    if a.twins and a.freckled: raise ValueError("--freckled and --twins exclude each other: among twins every second one has freckles.")
     if a.late is not None and a.stage != 1: raise ValueError(f"--late belongs to stage 1; --stage is {a.stage}.")
     gpu, late = device != 'cpu', {} if a.late is None else dict(late=a.late)
     trainer = T.codec_trainer(a.stage, a.start_from, lr=a.lr, device=device, fast=gpu, fuse=gpu and a.stage == 1, muon=a.muon, parts='decoder' if a.decoder_only else None, keep=a.keep_latents, **late)
     trainer.w['twin'] = a.twins
     for given in a.weight:
         name, _, value = given.partition('=')
-        if name not in trainer.w: raise ValueError(f"--weight {given}: accepted: one of {', '.join(trainer.w)}, then = and a number.")
+        if name not in (known := [k for k in trainer.w if k != 'twin']): raise ValueError(f"--weight {given}: accepted: one of {', '.join(known)}, then = and a number.")
         try: trainer.w[name] = number(float, 0)(value)
         except argparse.ArgumentTypeError as e: raise ValueError(f"--weight {name}: {e}") from None
     if a.resume: T.load_checkpoint(trainer, out/'checkpoint.safetensors')
@@ -205,6 +207,7 @@ def _codec_data(a, device):
     frames, gpu = 1 if a.stage == 1 else a.frames, device != 'cpu'
     reuse = a.reuse or (3 if gpu else 1)
     batch = a.batch or max(1, 64//frames)
+    if a.twins: batch = max(4, batch//4*4)
     if a.data:
         if a.reuse: raise ValueError("--reuse is for drawn people; recordings are kept in memory anyway.")
         from midas_ref.data.shards import Shards

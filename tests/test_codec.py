@@ -557,6 +557,12 @@ def test_twins_differ_in_freckles_alone(cls, frames):
     other = fours.clone(); other[:, 2:][~same] = 0
     assert twin_error(other.flatten(0, 1), x) == 0                                          # who is no twin does not count
 
+def test_twins_come_in_fours():
+    from midas_ref.codec import train as T
+    people = type('P', (), dict(layers=range(8), device='cpu'))()
+    for source, batch in ((T.Twins, (2, 3)), (T.TwinClips, (6, 2))):
+        with pytest.raises(ValueError, match='in fours'): (source(people, batch) if source is T.Twins else source(people, torch.zeros(1, 4, 27), batch)).draw()
+
 def test_twins_are_disturbed_alike():
     from midas_ref.codec.train import SpatialTrainer
     from midas_ref.data.probes import new_probe
@@ -568,7 +574,7 @@ def test_twins_are_disturbed_alike():
         noise = (trainer.through(x) - x).unflatten(0, (2, 4))
         assert torch.allclose(noise[:, :2], noise[:, 2:], atol=1e-6) == alike and not torch.allclose(noise[:, 0], noise[:, 1], atol=1e-6)
 
-@pytest.mark.parametrize('more, says', [(['--batch', '6'], 'a multiple of 4'), (['--data', 'shards'], 'recordings have no twins')])
+@pytest.mark.parametrize('more, says', [(['--batch', '6'], 'a multiple of 4'), (['--data', 'shards'], 'recordings have no twins'), (['--people', '3'], '4 or more'), (['--freckled', '.5'], 'exclude each other'), (['--weight', 'twin=.3'], 'accepted: one of pixel')])
 def test_twins_are_refused_where_there_are_none(more, says, tmp_path, capsys):
     from midas_ref.cli import main
     assert main(['train', 'codec', str(tmp_path/'run'), '--twins', '.3', '--device', 'cpu', *more]) == 2

@@ -337,7 +337,7 @@ class Drawing:
         if self.home:
             with torch.no_grad(): was = self.home(x if x.ndim == 5 else x[:, None]).view(z.shape)
             self.strayed = ((z.float() - was.float())/self.model.std[:, None, None]).square().mean()
-        tied = (lambda v: v.unflatten(0, (-1, 4))[:, [0, 1, 0, 1]].flatten(0, 1)) if self.w['twin'] else lambda v: v      # what disturbs twins must not make them differ
+        tied = (lambda v: v.unflatten(0, (-1, 4))[:, [0, 1, 0, 1]].flatten(0, 1)) if self.w['twin'] else lambda v: v      # twins (below) share their noise: it must not make them differ
         noise = tied(torch.randn(z.shape, generator=self.g, device=z.device))
         share = self.z_noise*tied(torch.rand(len(z), *[1]*(z.ndim-1), generator=self.g, device=z.device)).square()      # a third of all pictures have a tenth of the most noise, or less
         channel = z.ndim - 3
@@ -511,14 +511,15 @@ def plain_skins(
     who:Tensor,  # rows of it, (n,)
 )->Tensor:       # bool, (n,)
     "Whose skin is light, smooth and without spots, so that freckles would be seen?"
-    ask = lambda i: i.skin < .45 and i.freckles == 0 and i.beard in ('none', 'stubble') and i.age < 62
+    ask = lambda i: i.skin < .45 and i.freckles == 0 and i.beard in ('none', 'stubble') and i.age < 52
     return torch.tensor([ask(person(people.seeds[k], people.freckled)) for k in who.tolist()], device=people.device)
 
 class Twins(DrawnPictures):
-    "Portraits of which the second half are the first half again, with freckles; only of people with light, smooth and plain skin."
+    "Portraits in fours: two, and the same two with freckles, of whoever has light, smooth and plain skin; all others are drawn unpaired."
     @torch.no_grad()
     def draw(self)->tuple:   # pictures (people, frames, 3, h, w), masks (people, frames, 2, h, w)
         "Four pictures of a person for each batch: two, and their twins; of all others four that have nothing to do with each other."
+        if self.size[1] != 4: raise ValueError(f"Twins come in fours; a batch of {self.size[1]} pictures of each person was asked for.")
         (b, t), p = (self.size[0]*self.groups, 4*self.sets), self.people
         who = torch.randperm(len(p.layers), generator=p.g, device=p.device)[:b]
         can = plain_skins(p, who)
@@ -720,6 +721,7 @@ class TwinClips(DrawnClips):
     @torch.no_grad()
     def draw(self)->tuple:   # clips (b, t, 3, h, w), masks (b, t, 2, h, w)
         "Clips of people with plain light skin, and their twins; all others have nothing to do with each other."
+        if self.size[0] % 4: raise ValueError(f"Twins come in fours; a batch of {self.size[0]} clips was asked for.")
         who, m = (v.unflatten(0, (-1, 4)).clone() for v in self.cast())
         can = plain_skins(self.people, who[:, :2].flatten()).view(-1, 2)
         who[:, 2:], m[:, 2:] = torch.where(can, who[:, :2], who[:, 2:]), torch.where(can[..., None, None], m[:, :2], m[:, 2:])

@@ -89,7 +89,7 @@ BACKGROUNDS = ("studio", "bokeh", "window", "sunset", "garden", "wall")
 @dataclass(frozen=True)
 class Identity:
     "A person and a setting in plain numbers and names: all shape fields are 0..1 with 0.5 the average."
-    seed: int = 0 # what is not named below: strands, freckles, lamps in the background
+    seed: int = 0 # what is not named below: strands, lamps in the background
     face_width: float = 0.5
     jaw_width: float = 0.5
     chin: float = 0.5 # 0 soft and short, 1 strong and long
