@@ -348,6 +348,12 @@ class Drawing:
         with self.half(): parts = dict(zip(Errors.names, self.errors(y, x, masks)))
         return sum(self.w[k]*v for k, v in parts.items()), parts
 
+    def twinned(self, loss:Tensor, parts:dict, y:Tensor, x:Tensor)->Tensor:
+        "The loss with the error of twins, if there are any."
+        if not self.w['twin']: return loss
+        parts['twin'] = twin_error(y, x)
+        return loss + self.w['twin']*parts['twin']
+
 
 # %% ../../nbs/codec/24_train.ipynb #0d45d9c9
 class SpatialTrainer(Drawing):
@@ -405,8 +411,7 @@ class SpatialTrainer(Drawing):
         if self.record: record(self, x, masks)
         with self.half(): y = self.through(x)
         loss, parts = self.score(y, x, masks)
-        if self.w['twin']: parts['twin'] = twin_error(y, x); loss = loss + self.w['twin']*parts['twin']      # of pictures that `Twins` drew
-        out = self.move(y, loss, parts, progress)
+        out = self.move(y, self.twinned(loss, parts, y, x), parts, progress)
         self.teach(y, x, progress)
         return out
 
@@ -662,8 +667,7 @@ class ClipTrainer(SpatialTrainer):
         loss, parts = self.score(flat, truth, masks.flatten(0, 1))
         parts['change'] = placed_mean((y.float().diff(dim=1) - x.diff(dim=1)).abs().flatten(0, 1), masks[:, 1:].flatten(0, 1))
         loss = loss + self.w['change']*parts['change']
-        if self.w['twin']: parts['twin'] = twin_error(y, x); loss = loss + self.w['twin']*parts['twin']      # of clips that `TwinClips` drew
-        out = self.move(y, loss, parts, progress)
+        out = self.move(y, self.twinned(loss, parts, y, x), parts, progress)
         self.teach(flat, truth, progress)
         return out
 
@@ -709,9 +713,9 @@ class DrawnClips(DrawnPictures):
     def draw(self)->tuple:   # clips (b, t, 3, h, w), masks (b, t, 2, h, w)
         "Windows of scenes, each with somebody."
         who, m = self.cast()
-        return self.seen(self.people.draw(who, m).float(), who, m)
+        return self.masked(self.people.draw(who, m), self.people.layers[who], m)
 
-    def seen(self, x:Tensor, who:Tensor, m:Tensor)->tuple: return x, face_masks(keypoints(self.people.layers[who], m).flatten(0, 1), *x.shape[-2:]).unflatten(0, m.shape[:2])
+    def masked(self, x:Tensor, layers, m:Tensor)->tuple: return x.float(), face_masks(keypoints(layers, m).flatten(0, 1), *x.shape[-2:]).unflatten(0, m.shape[:2])
 
     def split(self, *drawn)->list: return list(zip(*(v.split(self.size[0]) for v in drawn)))
 
@@ -726,9 +730,8 @@ class TwinClips(DrawnClips):
         can = plain_skins(self.people, who[:, :2].flatten()).view(-1, 2)
         who[:, 2:], m[:, 2:] = torch.where(can, who[:, :2], who[:, 2:]), torch.where(can[..., None, None], m[:, :2], m[:, 2:])
         amount = torch.cat([0.*can, (.5 + .5*torch.rand(can.shape, generator=self.people.g, device=can.device))*can], 1)
-        who, m = who.flatten(), m.flatten(0, 1)
-        x = self.people.pose(with_freckles(self.people.layers[who], amount.flatten()), m).clamp(-1, 1)
-        return self.seen(x.float(), who, m)
+        layers, m = self.people.layers[who.flatten()], m.flatten(0, 1)
+        return self.masked(self.people.pose(with_freckles(layers, amount.flatten()), m).clamp(-1, 1), layers, m)
 
 # %% ../../nbs/codec/24_train.ipynb #73b7922e
 def box_masks(
