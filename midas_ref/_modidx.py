@@ -968,6 +968,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'midas_ref/data/shards.py'),
                                        'midas_ref.data.shards.crop_frame': ('data/shards.html#crop_frame', 'midas_ref/data/shards.py'),
                                        'midas_ref.data.shards.cut_clip': ('data/shards.html#cut_clip', 'midas_ref/data/shards.py'),
+                                       'midas_ref.data.shards.deaf': ('data/shards.html#deaf', 'midas_ref/data/shards.py'),
                                        'midas_ref.data.shards.decode': ('data/shards.html#decode', 'midas_ref/data/shards.py'),
                                        'midas_ref.data.shards.decode_audio': ('data/shards.html#decode_audio', 'midas_ref/data/shards.py'),
                                        'midas_ref.data.shards.decode_picture': ( 'data/shards.html#decode_picture',

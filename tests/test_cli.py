@@ -107,9 +107,20 @@ def test_ctrl_c(tmp_path, maker, workers):
     until = time.time() + 30
     while not list(out.glob('*.tar')) and time.time() < until and p.poll() is None: time.sleep(.05)
     os.killpg(p.pid, signal.SIGINT)                                             # the terminal sends it to all processes
-    _, err = p.communicate(timeout=20)
+    _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and err.strip() == 'midas-ref: interrupted. Run the same command again to go on.', err
     assert list(out.glob('*.tar')) and not [f for f in out.iterdir() if f.name.endswith('.part')]
+
+@pytest.mark.parametrize('wait', [0, .2, .5, 1.])
+def test_ctrl_c_while_workers_start(tmp_path, maker, wait):
+    "Still importing, they have not been told yet to leave Ctrl-C to their parent."
+    p = start('data', 'make', tmp_path/'s', '--minutes', '1', '--seconds', '1', '--size', '32', '--maker', 'slow_maker:clip', '--workers', 2, '--no-progress', path=tmp_path/'lib', start_new_session=True)
+    children, until = Path(f'/proc/{p.pid}/task/{p.pid}/children'), time.time() + 60
+    if not children.exists(): p.kill(); p.communicate(); pytest.skip('no list of child processes here')
+    while len(children.read_text().split()) < 3 and time.time() < until and p.poll() is None: time.sleep(.01)    # two, and the tracker of semaphores
+    time.sleep(wait); os.killpg(p.pid, signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and err.strip() == 'midas-ref: interrupted. Run the same command again to go on.', err
 
 def test_closed_pipe(tmp_path, maker):
     p = start('data', 'make', '--help'); p.stdout.close()

@@ -168,7 +168,7 @@ class DCAE(nn.Module):
         "Twelve hexadecimal digits that change when any weight or statistic does."
         h = hashlib.sha256()
         for k, v in sorted(self.state_dict().items()):
-            if decoder or not k.startswith('decoder.'): h.update(k.encode()); h.update(v.detach().float().cpu().contiguous().numpy().tobytes())
+            if decoder or not k.startswith('decoder.'): h.update(k.encode()); h.update((v.detach().float().cpu().contiguous() + 0.).numpy().tobytes())   # -0 is 0
         return h.hexdigest()[:12]
 
     def channels_last(self):

@@ -18,6 +18,7 @@ from ..metrics import pearson
 from .portraits import Identity, Layers, MOTION, bake, compiled_pose, pose
 from .speech import MOUTH
 from .clips import MOODS, frame_times, mood_vector, motion, write_script
+from .shards import deaf
 
 # %% ../../nbs/data/14_probes.ipynb #ee0ab128
 READ = ('open', 'width', 'round', 'press', 'blink_l', 'blink_r', 'gaze_x', 'gaze_y', 'yaw', 'pitch', 'roll', 'smile', 'brow_l', 'brow_r')  # channels
@@ -192,7 +193,8 @@ class People:
         "Start processes that bake person `first` and all who follow."
         ctx = torch.multiprocessing.get_context('spawn')
         self.queues = [ctx.Queue(4) for _ in range(workers)]
-        for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views, self.freckled), daemon=True).start()
+        with deaf():
+            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views, self.freckled), daemon=True).start()
 
     def take(self):
         "The next person, from the workers or baked here: identity seed and layers."

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RATE', 'FIELDS', 'CONTAINERS', 'need', 'clip_samples', 'Sample', 'as_sample', 'encode_audio', 'decode_audio',
            'encode_video', 'decode_video', 'encode_picture', 'decode_picture', 'encode', 'decode', 'atomic',
-           'write_json', 'index_tar', 'write_shard', 'make_shards', 'shard_index', 'epoch_order', 'find_shards',
+           'write_json', 'index_tar', 'write_shard', 'deaf', 'make_shards', 'shard_index', 'epoch_order', 'find_shards',
            'Shards', 'ShardDataset', 'ShardLoader', 'to_tensors', 'pick_frames', 'open_media', 'media_frames',
            'media_sound', 'upright', 'find_face', 'face_runs', 'camera', 'Unusable', 'survey', 'crop_frame',
            'clip_frames', 'cut_clip', 'write_av', 'pack', 'report_table', 'contact_sheet', 'summary']
@@ -284,6 +284,14 @@ def _open_dataset(out, settings):
 # %% ../../nbs/data/13_shards.ipynb #6687c42a
 _worker = {}  # what a worker process got from its parent
 
+@contextlib.contextmanager
+def deaf():
+    "Processes started inside never hear Ctrl-C, not even while they import; this one hears it at the end."
+    if not hasattr(signal, 'pthread_sigmask'): yield; return                 # Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # which children inherit
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 def _start_worker(make_clip, count, stop):
     "First call in a worker: one thread, deaf to Ctrl-C (the parent decides), gone when the parent is gone."
     def watch():
@@ -316,7 +324,8 @@ def _pool(jobs, make_clip, workers, bar):
     ctx = mp.get_context('spawn'); count, stop = ctx.Value('q', 0), ctx.Value('b', 0)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), ctx, _start_worker, (make_clip, count, stop))
     try:
-        todo, shown = {pool.submit(_job, *j) for j in jobs}, 0
+        with deaf(): todo = {pool.submit(_job, *j) for j in jobs}
+        shown = 0
         while todo:
             done, todo = wait(todo, timeout=.3, return_when=FIRST_COMPLETED)
             if (now := count.value) > shown: bar.update(now - shown); shown = now
@@ -877,7 +886,7 @@ def _survey_all(folder, files, notes, how, workers, progress):
         ctx = mp.get_context('spawn'); stop = ctx.Value('b', 0)
         pool = ProcessPoolExecutor(min(workers, len(todo)), ctx, _start_worker, (None, None, stop))
         try:
-            jobs = {pool.submit(_survey_to, folder/f, note, how): f for f, note in todo.items()}
+            with deaf(): jobs = {pool.submit(_survey_to, folder/f, note, how): f for f, note in todo.items()}
             while jobs:
                 for j in wait(jobs, return_when=FIRST_COMPLETED).done: out[jobs.pop(j)] = j.result(); bar.update()
         except BrokenProcessPool as e: raise RuntimeError("A worker process died, for want of memory or on a damaged file. Run again with workers=0 to see which.") from e

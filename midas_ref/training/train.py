@@ -25,6 +25,7 @@ from ..data.portraits import MOTION, keypoints
 from ..data.speech import MOUTH
 from ..data.clips import captions, frame_times, motion, reference_motion, write_script
 from ..data.probes import WEIGHTS
+from ..data.shards import deaf
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
 from ..codec.train import RunLog, StackedMuon, agree, load_moments, mean_over_ranks, moments, rank, same_everywhere
@@ -101,16 +102,19 @@ def write_scenes(
     if n < 1 or seconds <= 0 or abs(seconds/.48 - round(seconds/.48)) > 1e-6: raise ValueError(f"{n} scenes of {seconds:g} s were asked for; accepted: 1 or more, each of whole chunks of 0.48 s, such as 9.6.")
     make, seeds = partial(write_scene, seconds=seconds, split=split, fps=fps), range(first, first + n)
     pool = ProcessPoolExecutor(workers, get_context('spawn')) if workers else None
-    made, rows, table = (pool.map(make, seeds, chunksize=8) if pool else map(make, seeds)), [], {}
-    if progress:
-        from tqdm import tqdm
-        made = tqdm(made, total=n, unit='scene')
-    made, device = iter(made), next(audio.parameters()).device
-    while some := list(islice(made, 32)):
-        heard = audio(torch.from_numpy(np.stack([x for x, _, _ in some])).to(device)).ids.cpu()
-        for ids, (_, m, said) in zip(heard, some):
-            rows.append((torch.from_numpy(m), ids.to(torch.int16), torch.tensor([table.setdefault(w, len(table)) for w in said], dtype=torch.int16)))
-    if pool: pool.shutdown()
+    rows, table, device = [], {}, next(audio.parameters()).device
+    try:
+        with deaf(): made = pool.map(make, seeds, chunksize=8) if pool else map(make, seeds)
+        if progress:
+            from tqdm import tqdm
+            made = tqdm(made, total=n, unit='scene')
+        made = iter(made)
+        while some := list(islice(made, 32)):
+            heard = audio(torch.from_numpy(np.stack([x for x, _, _ in some])).to(device)).ids.cpu()
+            for ids, (_, m, said) in zip(heard, some):
+                rows.append((torch.from_numpy(m), ids.to(torch.int16), torch.tensor([table.setdefault(w, len(table)) for w in said], dtype=torch.int16)))
+    finally:
+        if pool: pool.shutdown(cancel_futures=True)
     return Scenes(*(torch.stack(c) for c in zip(*rows)), list(table), fps, tokenizer_hash(audio))
 
 # %% ../../nbs/training/50_train.ipynb #ad4cc596
