@@ -5,8 +5,8 @@ __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'WEIG
            'SETTINGS', 'Command', 'option', 'command', 'number', 'frame_size', 'Synthetic', 'data_make', 'data_pack',
            'device_of', 'train_probe', 'train_codec', 'data_scenes', 'train_model', 'source_of', 'train_many',
            'train_export', 'data_encode', 'bench_train', 'train_ablation', 'bench_reconstruction', 'bench_quality',
-           'bench_probe', 'bench_codec', 'animate_command', 'bench_stream', 'train_audio_command', 'bench_draw',
-           'bench_audio', 'data_show', 'app_folder', 'app_settings', 'app_command', 'bench_app', 'main']
+           'bench_probe', 'bench_codec', 'animate_command', 'bench_stream', 'train_audio_command', 'train_looks',
+           'bench_draw', 'bench_audio', 'data_show', 'app_folder', 'app_settings', 'app_command', 'bench_app', 'main']
 
 # %% ../nbs/90_cli.ipynb #9f660fda
 import argparse, importlib, importlib.util, json, math, os, sys
@@ -409,7 +409,7 @@ def bench_reconstruction(a):
     option('--clips', type=number(int, 1), default=4, help='held-out talking scenes (default 4); 3 more for each 8 of them, or fewer, are in languages never heard'),
     option('--seconds', type=number(float, 1.92, 600), default=4.8, help='length of each, whole chunks of 0.48 s (default 4.8)'), option('--long', type=number(float, 0, 3600), default=0., metavar='SECONDS', help='length of the long run (default 0: none)'),
     option('--real', metavar='FOLDER', default=os.environ.get('MIDAS_REAL'), help='recordings of the GRID corpus (default: the variable MIDAS_REAL)'), option('--no-baselines', dest='baselines', action='store_false', help='only the truth, the codec and the models'),
-    option('--level', type=number(int, 0), default=8, help='noise level of the past (default 8)'), option('--hold', type=number(float, 0, 1), default=0., metavar='SHARE', help='share of the portrait in what is remembered of a frame (default 0)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
+    option('--level', type=number(int, 0), default=8, help='noise level of the past (default 8)'), option('--hold', type=number(float, 0, 1), metavar='SHARE', help='how firmly what is remembered keeps the looks of the portrait (page 60; default: as usual)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
     option('--sheet', metavar='PNG', help='write a contact sheet'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)
 def bench_quality(a):
     "Let everybody play, and judge."
@@ -480,12 +480,11 @@ CHUNK = (option('--frames', type=number(int, 1, 48), metavar='N', help='frames o
     option('--text', help='what to show, in words, such as "smiling, talking"'), option('--expression', help='neutral, happy ... in place of --text'),
     option('--pose', metavar='FILE', help='.csv or .npz with tracked points in picture heights, or .npy with velocities (t, 12, 2)'),
     option('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of the noise: the same seed gives the same video (default 0)'), WEIGHTS_OPTION, *PLACE, *CHUNK,
-    option('--hold', type=number(float, 0, 1), metavar='SHARE', help='share of the portrait in what is remembered of a frame: higher drifts less and obeys less (default 0.12, with --text, --expression or --pose 0)'),
+    option('--hold', type=number(float, 0, 1), metavar='SHARE', help='how firmly what is remembered keeps the looks of the portrait (page 60; default: as usual, if the weights can tell looks from movement)'),
     option('--silent', action='store_true', help='accept a recording without sound: the person listens'),
     option('--no-mark', dest='mark', action='store_false', help='leave out the visible word SYNTHETIC; the metadata say it in any case'))
 def animate_command(a):
     "Read, draw, write, and say what it took."
-    from midas_ref.config import MEMORY_HOLD
     from midas_ref.inference.video import check_target, load_portrait
     check_target(a.out)                                            # before anything that takes time
     if a.text is not None and a.expression is not None: raise ValueError("--text and --expression were both given; --expression is a text of its own.")
@@ -497,8 +496,7 @@ def animate_command(a):
     face = load_portrait(a.portrait, (midas.cfg.video.height, midas.cfg.video.width))
     if face.note: warn(f'{a.portrait}: {face.note}')
     if A.drawn(midas, face) is False: warn(f'{a.portrait} looks like a photograph; these weights have only seen drawn people, so the video will show somebody else.')
-    hold = a.hold if a.hold is not None else 0. if a.text or a.expression or a.pose else MEMORY_HOLD
-    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast, hold=hold)
+    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast, hold=a.hold)
     voice = A.load_voice(a.audio, session.midas.cfg.chunk_seconds, a.silent)
     session.steer(a.text, None if a.pose is None else A.read_pose(a.pose, midas.cfg.video.fps, midas.pose.shape), expression=a.expression)
     run = A.animate(session, voice, a.out, a.mark, a.progress)
@@ -538,6 +536,27 @@ def train_audio_command(a):
     from midas_ref.codec.train import join_ranks
     from midas_ref.conditions.audio import train_audio_files
     train_audio_files(a.out, a.hours, a.minutes, a.workers, join_ranks(device_of(a.device)), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress, start_from=a.start_from)
+
+# %% ../nbs/90_cli.ipynb #70c4911a
+@command('train looks', 'measure what of a latent is looks and what is movement, so that streams keep the looks of their portrait (page 60)', 'midas-ref train looks runs/1/midas\nmidas-ref train looks data_samples/weights/midas --people 160 --workers 1',
+    option('folder', metavar='FOLDER', help='a model with its codec; looks.safetensors is written into it'),
+    option('--people', type=number(int, 2), default=160, help='people to draw (default 160: with fewer than directions of a latent, 128, they do not span them)'), option('--frames', type=number(int, 1), default=24, help='frames of each (default 24)'),
+    option('--first', type=number(int, 0, 1 << 20), default=700_000, help='identity seed of the first (default 700000)'), option('--scenes', type=number(int, 1), default=60, help='spoken scenes from which movement is taken (default 60)'),
+    option('--drift', type=number(float, 1e-6, 100), default=.03, help='how large drift is taken to be: this share of the variance between people; larger holds looks faster and movement too (default 0.03)'),
+    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), DEVICE)
+def train_looks(a):
+    "Draw, fit, write."
+    from midas_ref.inference import session as S
+    from midas_ref.model.midas import Midas, midas_folder, save_looks
+    if not Path(a.folder).is_dir(): raise FileNotFoundError(f"{a.folder} is no folder; give that of a model, such as data_samples/weights/midas.")
+    folder, device = midas_folder(a.folder), device_of(a.device)
+    midas = Midas.from_pretrained(folder).to(device)
+    if (midas.cfg.video.height, midas.cfg.video.width) != (256, 256): raise ValueError(f"{a.folder} draws {midas.cfg.video.height}x{midas.cfg.video.width}; drawn people come in 256x256.")
+    say = (lambda line: print(line, file=sys.stderr, flush=True)) if a.progress else None
+    latents = S.draw_looks(midas.codec, a.people, a.frames, a.first, a.scenes, a.workers, say)
+    looks = S.fit_looks(latents, a.drift)
+    save_looks(folder, looks, midas.codec_hash)
+    print(f'{folder/"looks.safetensors"}: {a.people} people, {a.people*a.frames} frames; share of differences that is taken for looks: ' + ', '.join(f'{k} {v:.3f}' for k, v in S.shares(latents, looks).items()))
 
 # %% ../nbs/90_cli.ipynb #730433d1
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',

@@ -170,7 +170,7 @@ class HeadConfig:
         _check(self.width % self.heads == 0, "HeadConfig.width", self.width, f"a multiple of heads={self.heads}")
 
 MEMORY_LEVEL = 8   # noise level of the past in use, of the 20; page 70 measures what it costs and gives
-MEMORY_HOLD = .12  # share of the portrait in what a stream remembers of each frame, where nobody steers it; likewise
+MEMORY_HOLD = 1.   # how firmly a stream keeps the looks of its portrait, where the model can tell them from movement (page 60); likewise
 
 @dataclass(frozen=True)
 class NoiseConfig:

@@ -329,14 +329,13 @@ def test_missing_weights_are_one_line(capsys, monkeypatch, tmp_path, voice):
     status, out, err = run(capsys, 'animate', MIRA, voice, '-o', tmp_path/'o.mp4', '--weights', 'tiny')
     assert (status, out, len(err.splitlines())) == (2, '', 1) and 'bundled weights are not there' in err and '--weights' in err
 
-@pytest.mark.parametrize('extra, hold', [((), .12), (('--text', 'smiling'), 0.), (('--expression', 'happy'), 0.), (('--expression', 'happy', '--hold', '.3'), .3), (('--hold', '0'), 0.)])
-def test_a_stream_that_nobody_steers_is_held_to_its_portrait(tmp_path, capsys, monkeypatch, voice, weights, extra, hold):
-    from midas_ref.config import MEMORY_HOLD
+@pytest.mark.parametrize('extra, hold', [((), None), (('--expression', 'happy'), None), (('--expression', 'happy', '--hold', '.3'), .3), (('--hold', '0'), 0.)])
+def test_hold_is_passed_on(tmp_path, capsys, monkeypatch, voice, weights, extra, hold):
     asked, real = [], A.Session
     monkeypatch.setattr(A, 'Session', lambda *a, **kw: asked.append(kw['hold']) or real(*a, **kw))
     status, out, err = run(capsys, 'animate', MIRA, voice, '-o', tmp_path/'o.mp4', '--weights', weights, '--device', 'cpu', '--no-progress', *extra)
     assert status == 0, err
-    assert asked == [hold] and MEMORY_HOLD == .12
+    assert asked == [hold]
 
 def test_make_demo_calls_animate():
     r = subprocess.run(['make', '-n', 'demo', 'READY=Makefile', 'PORTRAIT=a b.png', 'AUDIO=c.wav', 'OUT=d/e.mp4'], cwd=ROOT, capture_output=True, text=True)

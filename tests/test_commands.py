@@ -2,10 +2,14 @@
 import json
 from pathlib import Path
 import pytest
+import torch
 from safetensors.torch import load_file
 from midas_ref import cli
 from midas_ref.codec import train as codec_train
+from midas_ref.codec.temporal import VideoDCAE
+from midas_ref.config import preset
 from midas_ref.data import probes
+from midas_ref.model.midas import Midas
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +45,15 @@ def test_probe(capsys, tmp_path, monkeypatch):
     log = json.loads((tmp_path/'probe_a_log.json').read_text())
     assert log['log'] and 'r' in log['grade']
     assert json.loads(ok(capsys, 'bench', 'probe', 'a', '--weights', tmp_path/'probe_a.safetensors', '--clips', 2, '--json', '--device', 'cpu'))['r'] == pytest.approx(log['grade']['r'], abs=.01)      # the file is in half precision
+
+def test_looks(capsys, tmp_path):
+    "Two people, one of whose differences is all there is: it is taken for looks."
+    torch.manual_seed(0)
+    cfg = preset('tiny')
+    Midas(cfg, VideoDCAE(cfg.codec)).save_pretrained(tmp_path/'m')
+    said = ok(capsys, 'train', 'looks', tmp_path/'m', '--people', 2, '--frames', 2, '--scenes', 1, '--device', 'cpu')
+    assert '2 people, 4 frames' in said and Midas.from_pretrained(tmp_path/'m').looks.shape == (16, 128, 128)
+    assert cli.main(['train', 'looks', str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
 
 def test_tokenizer(capsys, tmp_path):
     ok(capsys, 'train', 'audio', tmp_path/'a.safetensors', '--hours', .005, '--minutes', .01, '--batch', 1, '--seconds', 1.6, '--workers', 1, '--flite', 0, '--device', 'cpu')

@@ -6,7 +6,7 @@ from midas_ref.config import preset
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
 from midas_ref.conditions.pose import Motion
-from midas_ref.model.midas import Live, Midas, by_chunk, replay_latents
+from midas_ref.model.midas import Live, Midas, by_chunk, replay_latents, save_looks
 from midas_ref.model.noise import draw_ids
 
 def small(frames=6, window=8):
@@ -207,6 +207,21 @@ def test_foreign_codec(saved):
     m, folder = saved
     torch.manual_seed(9); VideoDCAE(m.cfg.codec).save(folder/'codec')
     with pytest.raises(ValueError, match='its latents would mean something else'): Midas.from_pretrained(folder)
+
+def test_looks_travel_with_the_model(saved, tmp_path):
+    "Written and read with it, half the precision; a file about other latents, of another size or damaged is refused in one line."
+    m, folder = saved
+    assert Midas.from_pretrained(folder).looks is None and not (folder/'looks.safetensors').exists()
+    n, c = m.layout.frame_tokens, m.cfg.codec.latent_channels
+    m.looks = torch.randn(n, c, c)
+    m.save_pretrained(tmp_path/'l')
+    again = Midas.from_pretrained(tmp_path/'l')
+    assert torch.equal(again.looks, m.looks.half().float()) and not [k for k in again.state_dict() if 'looks' in k] and again.to(torch.bfloat16).looks.dtype == torch.bfloat16
+    for damage, said in ((lambda: save_looks(tmp_path/'l', m.looks, 'abc'), 'about the latents of codec abc'), (lambda: save_looks(tmp_path/'l', m.looks[:, 1:], m.codec_hash), 'expected'),
+                         (lambda: (tmp_path/'l'/'looks.safetensors').write_bytes(b'nothing'), 'cannot be read')):
+        damage()
+        with pytest.raises(ValueError, match=said) as e: Midas.from_pretrained(tmp_path/'l')
+        assert len(str(e.value).splitlines()) == 1 and 'train looks' in str(e.value) or said == 'expected'
 
 def test_missing_parts(saved):
     _, folder = saved

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
-from midas_ref.config import MEMORY_LEVEL, preset
-from midas_ref.inference.session import Session, StageClock, draw_chunk, generate_offline, join_streams, open_streams, split_streams, to_bytes
+from midas_ref.config import MEMORY_HOLD, MEMORY_LEVEL, preset
+from midas_ref.inference.session import Session, StageClock, draw_chunk, fit_looks, generate_offline, held, join_streams, open_streams, shares, split_streams, to_bytes
 from midas_ref.model.midas import Midas
 
 N = 7680
@@ -206,3 +206,47 @@ def test_what_is_remembered_is_held_to_the_portrait(midas, sound):
     for h, got in runs.items(): assert differ(got, np.stack([to_bytes(x) for x in generate_offline(midas, face(0), torch.from_numpy(sound[:2*N]), level=MEMORY_LEVEL, seed=3, hold=h)])) <= 1
     for wrong in (-.1, 1.5, float('nan')):
         with pytest.raises(ValueError, match='accepted: 0 to 1'): Session(midas, face(0), hold=wrong)
+
+@pytest.fixture
+def looks(midas):
+    "Matrices for a model that has none, while a test lasts."
+    n, c = midas.layout.frame_tokens, midas.cfg.codec.latent_channels
+    midas.looks = .3*torch.eye(c).repeat(n, 1, 1) + .01*torch.randn(n, c, c, generator=torch.Generator().manual_seed(0))
+    yield midas.looks
+    midas.looks = None
+
+def test_looks_are_held_by_default_where_they_are_known(midas, sound, looks):
+    "The slow reference agrees, with chunks of other lengths and in a second thread, too; a hold of 0 is the stream without."
+    x = sound[:2*N]
+    for frames, overlap in ((None, False), (2, True)):
+        s = Session(midas, face(0), 3, frames, overlap=overlap)
+        got, slow = s.push(x), generate_offline(s.midas, face(0), torch.from_numpy(x), level=MEMORY_LEVEL, seed=3, hold=MEMORY_HOLD)
+        assert s.hold == MEMORY_HOLD and differ(got, np.stack([to_bytes(f) for f in slow])) <= 1
+        free = Session(midas, face(0), 3, frames, hold=0.).push(x)
+        assert (got[0] == free[0]).all() and differ(got[1:], free[1:]) > 1
+    midas.looks = None
+    assert Session(midas, face(0), 3).hold == 0 and (Session(midas, face(0), 3).push(x) == Session(midas, face(0), 3, hold=0.).push(x)).all()
+
+def test_held():
+    "Without matrices a share of everything; with them that of each position; nothing where frame and portrait agree."
+    x, p, k = torch.randn(2, 4, 8), torch.randn(2, 4, 8), torch.randn(4, 8, 8)
+    assert torch.equal(held(x, p, .25), torch.lerp(x, p, .25)) and torch.equal(held(x, x, .7, k), x)
+    want = torch.stack([torch.stack([x[b, n] + .7*k[n] @ (p - x)[b, n] for n in range(4)]) for b in range(2)])
+    assert (held(x, p, .7, k) - want).abs().max() < 1e-5
+    assert held(x.bfloat16(), p, .7, k).dtype == torch.bfloat16
+
+def test_looks_are_told_from_movement():
+    "In directions where people differ and do not move, nearly all is looks; where they move alike, nothing; the two mixed by a rotation, the same."
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(*s, generator=g)
+    turn = torch.linalg.qr(r(6, 6))[0]
+    scale = lambda a, b: torch.tensor([a]*3 + [b]*3)
+    crowd = lambda n: torch.einsum('ptcs,dc->ptds', r(n, 1, 6, 1)*scale(1., .03)[:, None] + r(n, 30, 6, 1)*scale(.03, 1.)[:, None], turn)[..., None]      # (p, t, c, 1, 1)
+    k = fit_looks(crowd(200), drift=.03)
+    assert k.shape == (1, 6, 6)
+    inside = turn.T @ k[0] @ turn
+    want = torch.diag(scale(.03*1.02/(.03*1.02 + 2*.0009), 0.))
+    assert (inside - want).abs().max() < .06
+    told = shares(crowd(50), k)
+    assert .9 < told['people'] < 1 and told['movement'] < .02
+    assert shares(crowd(50), fit_looks(crowd(200), drift=1e-5))['people'] < .02

@@ -248,7 +248,7 @@ def _together(midas, faces, chunks, clock, frames, overlap, level, fast):
     def draw(k):
         start, first = time.perf_counter(), None
         sound = torch.from_numpy(np.stack([chunks(k, i) for i in range(len(faces))])).to(refs.device)
-        for x in draw_chunk(one.midas, streams, sound, refs, {}, level, clock=clock, pool=one.pool): first = first or (x.cpu(), time.perf_counter() - start)[1]
+        for x in draw_chunk(one.midas, streams, sound, refs, {}, level, clock=clock, pool=one.pool, hold=one.hold): first = first or (x.cpu(), time.perf_counter() - start)[1]
         return [first]*len(faces)
     return draw, lambda: streams.nbytes
 

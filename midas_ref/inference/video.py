@@ -474,7 +474,7 @@ def load_portrait(
     return Portrait(picture, None if face is None else ((face[0] - l)*k, (face[1] - t)*k, face[2]*k), framing, (l, t, w, h), (img.height, img.width))
 
 # %% ../../nbs/inference/61_video.ipynb #e1d8348d
-THRESHOLDS = {'30ee1343b74c': .0463}    # fingerprint of a codec -> `codec_error` between drawn portraits and photographs, by `fit_threshold`
+THRESHOLDS = {'6b5b2c765698': .0597}    # fingerprint of a codec -> `codec_error` between drawn portraits and photographs, by `fit_threshold`
 
 @torch.no_grad()
 def codec_error(

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FrameTokens', 'initialise', 'Parts', 'TeacherForcing', 'Kept', 'Live', 'by_chunk', 'replay_latents', 'safe_dtype',
-           'Midas', 'midas_folder', 'read_config', 'load_midas']
+           'Midas', 'midas_folder', 'read_config', 'save_looks', 'load_looks', 'load_midas']
 
 # %% ../../nbs/model/46_midas.ipynb #923bd0e9
 import copy, json
@@ -324,6 +324,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
         super().__init__(cfg, keypoints, backbone)
         self.frozen = nn.ModuleDict({k: m.eval().requires_grad_(False) for k, m in (('codec', codec), ('audio', audio)) if m is not None})
         self.codec_hash = codec.fingerprint(decoder=False) if codec else ''
+        self.register_buffer('looks', None, persistent=False)      # (tokens, c, c), what of a latent is looks: page 60 measures it
 
     @property
     def codec(self): return self._frozen('codec')
@@ -349,6 +350,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
         if 'codec' in self.frozen: self.codec.save(folder/'codec', safe_dtype(self.codec))
         if 'audio' in self.frozen: save_audio(folder/'audio.safetensors', self.audio, dtype=safe_dtype(self.audio))
         (folder/'config.json').write_text(json.dumps(dict(midas=to_dict(self.cfg), points=self.pose.shape[0], codec_hash=self.codec_hash), indent=1))
+        if self.looks is not None: save_looks(folder, self.looks, self.codec_hash)
 
     @classmethod
     def from_pretrained(cls,
@@ -387,6 +389,30 @@ def read_config(
     if lacks := [k for k in ('midas', 'points', 'codec_hash') if k not in info]: raise ValueError(f"{folder} holds no MIDAS model: its config.json lacks {', '.join(lacks)}; it has {', '.join(sorted(info))[:80]}.")
     return info
 
+def save_looks(
+    folder:Path,      # of a model
+    looks:Tensor,     # (tokens, c, c)
+    codec_hash:str,   # whose latents they are about
+):
+    "Write looks.safetensors, in half precision."
+    from safetensors.torch import save_file
+    save_file({'looks': looks.detach().cpu().half().contiguous()}, folder/'looks.safetensors', {'codec': codec_hash})
+
+def load_looks(
+    folder:Path,      # of a model
+    codec_hash:str,   # of its codec; '' if unknown
+    shape:tuple,      # (tokens, c)
+)->Tensor|None:       # (tokens, c, c), or None if there is no such file
+    "Read looks.safetensors; it must be about the latents of this codec."
+    from safetensors import SafetensorError, safe_open
+    if not (path := folder/'looks.safetensors').is_file(): return None
+    try:
+        with safe_open(path, 'pt') as f: looks, about = f.get_tensor('looks'), (f.metadata() or {}).get('codec', '')
+    except SafetensorError as e: raise ValueError(f"{path} cannot be read ({e}); write it again with midas-ref train looks, or remove it.") from None
+    if codec_hash and about != codec_hash: raise ValueError(f"{path} is about the latents of codec {about or 'unknown'}, but this model knows those of {codec_hash}; write it again with midas-ref train looks, or remove it.")
+    if tuple(looks.shape) != (shape[0], shape[1], shape[1]): raise ValueError(f"{path} holds {tuple(looks.shape)}; expected {(shape[0], shape[1], shape[1])}.")
+    return looks.float()
+
 def load_midas(
     folder:Path,         # as `Midas.save_pretrained` writes it
     cls:type,            # the class to build
@@ -403,5 +429,5 @@ def load_midas(
     odd = sorted(set(wanted) ^ set(state)) or [k for k in wanted if wanted[k].shape != state[k].shape]
     if odd: raise ValueError(f"{folder/'model.safetensors'} does not fit its config.json: {len(odd)} tensors differ, the first of them {odd[0]}.")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
-    model.codec_hash = info['codec_hash']
+    model.codec_hash, model.looks = info['codec_hash'], load_looks(folder, info['codec_hash'], (model.layout.frame_tokens, cfg.codec.latent_channels))
     return model.eval()
