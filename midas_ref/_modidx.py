@@ -1598,6 +1598,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'midas_ref.model.midas.initialise': ('model/midas.html#initialise', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.load_looks': ('model/midas.html#load_looks', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.load_midas': ('model/midas.html#load_midas', 'midas_ref/model/midas.py'),
+                                       'midas_ref.model.midas.looks_codec': ('model/midas.html#looks_codec', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.midas_folder': ('model/midas.html#midas_folder', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.read_config': ('model/midas.html#read_config', 'midas_ref/model/midas.py'),
                                        'midas_ref.model.midas.replay_latents': ( 'model/midas.html#replay_latents',

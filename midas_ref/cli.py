@@ -538,25 +538,26 @@ def train_audio_command(a):
     train_audio_files(a.out, a.hours, a.minutes, a.workers, join_ranks(device_of(a.device)), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress, start_from=a.start_from)
 
 # %% ../nbs/90_cli.ipynb #70c4911a
-@command('train looks', 'measure what of a latent is looks and what is movement, so that streams keep the looks of their portrait (page 60)', 'midas-ref train looks runs/1/midas\nmidas-ref train looks data_samples/weights/midas --people 160 --workers 1',
+@command('train looks', 'measure what of a latent is looks and what is movement, so that streams keep the looks of their portrait (page 60)', 'midas-ref train looks runs/1/midas\nmidas-ref train looks data_samples/weights/midas --people 160',
     option('folder', metavar='FOLDER', help='a model with its codec; looks.safetensors is written into it'),
-    option('--people', type=number(int, 2), default=160, help='people to draw (default 160: with fewer than directions of a latent, 128, they do not span them)'), option('--frames', type=number(int, 1), default=24, help='frames of each (default 24)'),
+    option('--people', type=number(int, 2), default=160, help='people to draw (default 160: with fewer than directions of a latent, 128, they do not span them)'), option('--frames', type=number(int, 1, 80), default=24, help='frames of each (default 24)'),
     option('--first', type=number(int, 0, 1 << 20), default=700_000, help='identity seed of the first (default 700000)'), option('--scenes', type=number(int, 1), default=60, help='spoken scenes from which movement is taken (default 60)'),
-    option('--drift', type=number(float, 1e-6, 100), default=.03, help='how large drift is taken to be: this share of the variance between people; larger holds looks faster and movement too (default 0.03)'),
-    option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), DEVICE)
+    option('--drift', type=number(float, 1e-6, 100), default=.03, help='how large drift is taken to be: this share of the variance between people; larger holds looks faster and movement too (default 0.03)'), DEVICE)
 def train_looks(a):
     "Draw, fit, write."
     from midas_ref.inference import session as S
-    from midas_ref.model.midas import Midas, midas_folder, save_looks
+    from midas_ref.data.clips import TEST_IDENTITIES
+    from midas_ref.model.midas import Midas, load_midas, midas_folder, save_looks
     if not Path(a.folder).is_dir(): raise FileNotFoundError(f"{a.folder} is no folder; give that of a model, such as data_samples/weights/midas.")
-    folder, device = midas_folder(a.folder), device_of(a.device)
-    midas = Midas.from_pretrained(folder).to(device)
+    if a.first + a.people > TEST_IDENTITIES: raise ValueError(f"--first {a.first} with --people {a.people} takes in people of the test side; accepted: up to {TEST_IDENTITIES} together.")
+    folder, device = midas_folder(Path(a.folder).resolve()), device_of(a.device)
+    midas = load_midas(folder, Midas, looks=False).to(device)                       # a file that does not fit is what this command repairs
     if (midas.cfg.video.height, midas.cfg.video.width) != (256, 256): raise ValueError(f"{a.folder} draws {midas.cfg.video.height}x{midas.cfg.video.width}; drawn people come in 256x256.")
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if a.progress else None
-    latents = S.draw_looks(midas.codec, a.people, a.frames, a.first, a.scenes, a.workers, say)
+    latents = S.draw_looks(midas.codec, a.people, a.frames, a.first, a.scenes, say)
     looks = S.fit_looks(latents, a.drift)
     save_looks(folder, looks, midas.codec_hash)
-    print(f'{folder/"looks.safetensors"}: {a.people} people, {a.people*a.frames} frames; share of differences that is taken for looks: ' + ', '.join(f'{k} {v:.3f}' for k, v in S.shares(latents, looks).items()))
+    print(f'{folder/"looks.safetensors"}: {a.people} people, {a.people*a.frames} frames; share of their own differences that is taken for looks: ' + ', '.join(f'{k} {v:.3f}' for k, v in S.shares(latents, looks).items()))
 
 # %% ../nbs/90_cli.ipynb #730433d1
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',

@@ -47,13 +47,15 @@ def test_probe(capsys, tmp_path, monkeypatch):
     assert json.loads(ok(capsys, 'bench', 'probe', 'a', '--weights', tmp_path/'probe_a.safetensors', '--clips', 2, '--json', '--device', 'cpu'))['r'] == pytest.approx(log['grade']['r'], abs=.01)      # the file is in half precision
 
 def test_looks(capsys, tmp_path):
-    "Two people, one of whose differences is all there is: it is taken for looks."
+    "Written into the folder, over one that does not fit; people of the test side are refused."
     torch.manual_seed(0)
     cfg = preset('tiny')
     Midas(cfg, VideoDCAE(cfg.codec)).save_pretrained(tmp_path/'m')
+    (tmp_path/'m'/'looks.safetensors').write_bytes(b'damaged')
     said = ok(capsys, 'train', 'looks', tmp_path/'m', '--people', 2, '--frames', 2, '--scenes', 1, '--device', 'cpu')
     assert '2 people, 4 frames' in said and Midas.from_pretrained(tmp_path/'m').looks.shape == (16, 128, 128)
     assert cli.main(['train', 'looks', str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
+    assert cli.main(['train', 'looks', str(tmp_path/'m'), '--first', '1048570']) == 2 and 'test side' in capsys.readouterr().err
 
 def test_tokenizer(capsys, tmp_path):
     ok(capsys, 'train', 'audio', tmp_path/'a.safetensors', '--hours', .005, '--minutes', .01, '--batch', 1, '--seconds', 1.6, '--workers', 1, '--flite', 0, '--device', 'cpu')

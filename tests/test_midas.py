@@ -6,7 +6,7 @@ from midas_ref.config import preset
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
 from midas_ref.conditions.pose import Motion
-from midas_ref.model.midas import Live, Midas, by_chunk, replay_latents, save_looks
+from midas_ref.model.midas import Live, Midas, by_chunk, load_midas, replay_latents, save_looks
 from midas_ref.model.noise import draw_ids
 
 def small(frames=6, window=8):
@@ -216,12 +216,17 @@ def test_looks_travel_with_the_model(saved, tmp_path):
     m.looks = torch.randn(n, c, c)
     m.save_pretrained(tmp_path/'l')
     again = Midas.from_pretrained(tmp_path/'l')
-    assert torch.equal(again.looks, m.looks.half().float()) and not [k for k in again.state_dict() if 'looks' in k] and again.to(torch.bfloat16).looks.dtype == torch.bfloat16
-    for damage, said in ((lambda: save_looks(tmp_path/'l', m.looks, 'abc'), 'about the latents of codec abc'), (lambda: save_looks(tmp_path/'l', m.looks[:, 1:], m.codec_hash), 'expected'),
+    assert torch.equal(again.looks, m.looks.half().float()) and not [k for k in again.state_dict() if 'looks' in k] and Midas.from_pretrained(tmp_path/'l').to(torch.bfloat16).looks.dtype == torch.bfloat16
+    for damage, said in ((lambda: save_looks(tmp_path/'l', m.looks, 'abc'), 'about the latents of codec abc'), (lambda: save_looks(tmp_path/'l', m.looks[:, 1:], m.codec_hash), 'this model needs'),
                          (lambda: (tmp_path/'l'/'looks.safetensors').write_bytes(b'nothing'), 'cannot be read')):
         damage()
         with pytest.raises(ValueError, match=said) as e: Midas.from_pretrained(tmp_path/'l')
-        assert len(str(e.value).splitlines()) == 1 and 'train looks' in str(e.value) or said == 'expected'
+        assert len(str(e.value).splitlines()) == 1 and 'train looks' in str(e.value)
+        assert load_midas(tmp_path/'l', Midas, looks=False).looks is None
+    again.looks = None; again.save_pretrained(tmp_path/'l')
+    assert not (tmp_path/'l'/'looks.safetensors').exists()                                  # it did not fit
+    m.save_pretrained(tmp_path/'l'); again.save_pretrained(tmp_path/'l')
+    assert (Midas.from_pretrained(tmp_path/'l').looks == m.looks.half()).all()             # it fits: kept
 
 def test_missing_parts(saved):
     _, folder = saved

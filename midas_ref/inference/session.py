@@ -66,18 +66,17 @@ def split_streams(
 @torch.no_grad()
 def draw_looks(
     codec,              # in eval mode
-    people:int=160,     # how many to draw
-    frames:int=24,      # of each, besides the portrait
+    people:int=160,     # how many to draw; all are baked first, 20 MB each
+    frames:int=24,      # of each, besides the portrait; up to 80
     first:int=700_000,  # identity seed of the first
     scenes:int=60,      # spoken scenes from which movement is taken
-    workers:int=0,      # processes that bake
     say=None,           # a function for lines of progress
 )->Tensor:              # (p, 1+t, c, h, w): a portrait, then a window of movement
-    "Latents of drawn people of the training split, each in a portrait and in movement, half of them posed besides."
+    "Latents of drawn people, each in a portrait and in movement of the training split, half of them posed besides."
     from midas_ref.codec.train import DrawnClips, motion_pool
     from midas_ref.data.clips import reference_motion
     from midas_ref.data.probes import People, mouth_pool
-    crowd, out = People(people, mouth_pool(scenes), first, codec.mean.device, workers=workers), []
+    crowd, out = People(people, mouth_pool(scenes), first, codec.mean.device), []
     for i, (who, m) in enumerate(zip(*DrawnClips(crowd, motion_pool(scenes), (people, frames)).cast())):
         x = crowd.draw(who[None], torch.cat([reference_motion(first + i)[0].to(m), m])[None]).to(codec.mean)
         out.append(torch.cat([codec.encode(x[:, :1]), codec.encode(x[:, 1:])], 1))
@@ -88,8 +87,9 @@ def fit_looks(
     latents:Tensor,      # of people: a portrait of each, then frames in which they move, (p, 1+t, c, h, w)
     drift:float=.03,     # how large drift is taken to be: this share of the variance between people
     floor:float=.02,     # what every direction has besides, of the mean variance between people, who do not span them all
-)->Tensor:               # (h*w, c, c)
+)->Tensor:               # the gain, (h*w, c, c)
     "For each position of the latent the best linear guess of how much of portrait minus frame is looks."
+    if len(latents) < 2: raise ValueError(f"{len(latents)} people; 2 or more are needed, and better more than a latent has channels.")
     z = rearrange(latents.double(), 'p t c h w -> p t (h w) c')
     moved, who = (z[:, :1] - z[:, 1:]).flatten(0, 1), z.mean(1) - z.mean((0, 1))
     m, b = (torch.einsum('knc,knd->ncd', v, v)/len(v) for v in (moved, who))
@@ -100,16 +100,17 @@ def shares(
     latents:Tensor,   # of people, best of such who had no part in `looks`, (p, 1+t, c, h, w)
     looks:Tensor,     # (h*w, c, c)
 )->dict:              # 'people', 'movement'
-    "Of how people differ, and of how one person's frames differ from the portrait, the share that is taken for looks."
+    "What the gain leaves of differences between people (by what portrait and frames of a person share, so that no pose is in it) and between frames and portrait of one person: dᵀKd over dᵀd."
     z = rearrange(latents.to(looks), 'p t c h w -> p t (h w) c')
-    part = lambda d: (torch.einsum('...nc,ncd,...nd', d, looks, d).sum()/d.square().sum()).item()
-    return dict(people=part(z.mean(1) - z.mean((0, 1))), movement=part(z[:, :1] - z[:, 1:]))
+    part = lambda a, b: (torch.einsum('...nc,ncd,...nd', a, looks, b).sum()/(a*b).sum()).item()
+    same, moved = [v - v.mean(0) for v in (z[:, 0], z[:, 1:].mean(1))], z[:, :1] - z[:, 1:]
+    return dict(people=part(*same), movement=part(moved, moved))
 
 def held(
     x0:Tensor,                 # tokens of a frame as drawn, (b, n, c)
     portrait:Tensor,           # tokens of its portrait, (b, n, c)
     hold:float,                # how firmly, 0 to 1
-    looks:Tensor|None=None,    # from `fit_looks`, (n, c, c)
+    looks:Tensor|None=None,    # gain from `fit_looks`, (n, c, c)
 )->Tensor:                     # (b, n, c)
     "What is remembered of a frame: a share `hold` of what differs in looks is taken back or, without `looks`, of all that differs."
     portrait = portrait.to(x0)
@@ -330,7 +331,7 @@ class Session(Wishes):
         clock=untimed,           # a `StageClock` to measure with
         overlap:bool|None=None,  # decode in a second thread while the next frame is drawn; None: as `two_cores` says
         fast:bool=False,         # on a GPU: record the calls of a frame as CUDA graphs, which takes some seconds in the first chunk; elsewhere no difference
-        hold:float|None=None,    # how firmly what is remembered keeps the looks of the portrait, 0 to 1; None: as usual, if the model can tell looks from movement, else 0
+        hold:float|None=None,    # how firmly what is remembered keeps the looks of the portrait, or all of it where the model has no gain, 0 to 1; None: as usual, if the model can tell looks from movement, else 0
     ):
         if hold is None: hold = MEMORY_HOLD if midas.looks is not None else 0.
         if not 0 <= hold <= 1: raise ValueError(f"hold is {hold}; accepted: 0 to 1.")

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FrameTokens', 'initialise', 'Parts', 'TeacherForcing', 'Kept', 'Live', 'by_chunk', 'replay_latents', 'safe_dtype',
-           'Midas', 'midas_folder', 'read_config', 'save_looks', 'load_looks', 'load_midas']
+           'Midas', 'midas_folder', 'read_config', 'save_looks', 'looks_codec', 'load_looks', 'load_midas']
 
 # %% ../../nbs/model/46_midas.ipynb #923bd0e9
 import copy, json
@@ -324,7 +324,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
         super().__init__(cfg, keypoints, backbone)
         self.frozen = nn.ModuleDict({k: m.eval().requires_grad_(False) for k, m in (('codec', codec), ('audio', audio)) if m is not None})
         self.codec_hash = codec.fingerprint(decoder=False) if codec else ''
-        self.register_buffer('looks', None, persistent=False)      # (tokens, c, c), what of a latent is looks: page 60 measures it
+        self.register_buffer('looks', None, persistent=False)      # (tokens, c, c), the gain by which a stream keeps the looks of its portrait: page 60
 
     @property
     def codec(self): return self._frozen('codec')
@@ -351,6 +351,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
         if 'audio' in self.frozen: save_audio(folder/'audio.safetensors', self.audio, dtype=safe_dtype(self.audio))
         (folder/'config.json').write_text(json.dumps(dict(midas=to_dict(self.cfg), points=self.pose.shape[0], codec_hash=self.codec_hash), indent=1))
         if self.looks is not None: save_looks(folder, self.looks, self.codec_hash)
+        elif looks_codec(folder) not in (None, self.codec_hash): (folder/'looks.safetensors').unlink()      # about latents that this model does not know
 
     @classmethod
     def from_pretrained(cls,
@@ -398,24 +399,34 @@ def save_looks(
     from safetensors.torch import save_file
     save_file({'looks': looks.detach().cpu().half().contiguous()}, folder/'looks.safetensors', {'codec': codec_hash})
 
+def looks_codec(
+    folder:Path,      # of a model
+)->str|None:          # '' if the file does not say or cannot be read; None if there is none
+    "The codec whose latents looks.safetensors is about."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(folder/'looks.safetensors', 'pt') as f: return (f.metadata() or {}).get('codec', '')
+    except FileNotFoundError: return None
+    except SafetensorError: return ''
+
 def load_looks(
     folder:Path,      # of a model
     codec_hash:str,   # of its codec; '' if unknown
     shape:tuple,      # (tokens, c)
 )->Tensor|None:       # (tokens, c, c), or None if there is no such file
     "Read looks.safetensors; it must be about the latents of this codec."
-    from safetensors import SafetensorError, safe_open
-    if not (path := folder/'looks.safetensors').is_file(): return None
-    try:
-        with safe_open(path, 'pt') as f: looks, about = f.get_tensor('looks'), (f.metadata() or {}).get('codec', '')
-    except SafetensorError as e: raise ValueError(f"{path} cannot be read ({e}); write it again with midas-ref train looks, or remove it.") from None
-    if codec_hash and about != codec_hash: raise ValueError(f"{path} is about the latents of codec {about or 'unknown'}, but this model knows those of {codec_hash}; write it again with midas-ref train looks, or remove it.")
-    if tuple(looks.shape) != (shape[0], shape[1], shape[1]): raise ValueError(f"{path} holds {tuple(looks.shape)}; expected {(shape[0], shape[1], shape[1])}.")
+    if (about := looks_codec(folder)) is None: return None
+    path, again = folder/'looks.safetensors', 'write it again with midas-ref train looks, or remove it.'
+    try: looks = read_safetensors(path)['looks']
+    except (ValueError, KeyError): raise ValueError(f"{path} cannot be read; {again}") from None
+    if codec_hash and about != codec_hash: raise ValueError(f"{path} is about the latents of codec {about or 'unknown'}, but this model knows those of {codec_hash}; {again}")
+    if tuple(looks.shape) != (shape[0], shape[1], shape[1]): raise ValueError(f"{path} holds {tuple(looks.shape)}, but this model needs {(shape[0], shape[1], shape[1])}; {again}")
     return looks.float()
 
 def load_midas(
     folder:Path,         # as `Midas.save_pretrained` writes it
     cls:type,            # the class to build
+    looks:bool=True,     # read looks.safetensors, if there is one
 )->nn.Module:            # in eval mode, float32
     "Build a model from its files."
     info = read_config(folder)
@@ -429,5 +440,6 @@ def load_midas(
     odd = sorted(set(wanted) ^ set(state)) or [k for k in wanted if wanted[k].shape != state[k].shape]
     if odd: raise ValueError(f"{folder/'model.safetensors'} does not fit its config.json: {len(odd)} tensors differ, the first of them {odd[0]}.")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
-    model.codec_hash, model.looks = info['codec_hash'], load_looks(folder, info['codec_hash'], (model.layout.frame_tokens, cfg.codec.latent_channels))
+    model.codec_hash = info['codec_hash']
+    if looks: model.looks = load_looks(folder, info['codec_hash'], (model.layout.frame_tokens, cfg.codec.latent_channels))
     return model.eval()

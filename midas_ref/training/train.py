@@ -332,7 +332,7 @@ def generate(
     level:int=0,          # noise level of the past
     seed:int=0,           # of the first row
 )->Tensor:                # (b, t, c, h, w)
-    "Let the model draw a sequence by itself, chunk by chunk as a session would; by default without noise on what it remembers."
+    "Let the model draw a sequence by itself, chunk by chunk as a session would that holds on to nothing; by default without noise on what it remembers."
     state = model.init_state(len(reference), seed)
     return torch.stack([x for s in by_chunk(signals, chunks) for x in model.chunk(s, reference, state, level)], 1)
 
