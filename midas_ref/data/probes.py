@@ -193,8 +193,7 @@ class People:
         "Start processes that bake person `first` and all who follow."
         ctx = torch.multiprocessing.get_context('spawn')
         self.queues = [ctx.Queue(4) for _ in range(workers)]
-        with deaf():
-            for i, q in enumerate(self.queues): ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views, self.freckled), daemon=True).start()
+        with deaf(): [ctx.Process(target=_bake_ahead, args=(q, first+i, workers, device, self.views, self.freckled), daemon=True).start() for i, q in enumerate(self.queues)]
 
     def take(self):
         "The next person, from the workers or baked here: identity seed and layers."

@@ -390,6 +390,8 @@ def read_config(
     if lacks := [k for k in ('midas', 'points', 'codec_hash') if k not in info]: raise ValueError(f"{folder} holds no MIDAS model: its config.json lacks {', '.join(lacks)}; it has {', '.join(sorted(info))[:80]}.")
     return info
 
+
+# %% ../../nbs/model/46_midas.ipynb #6e6cd7d6
 def save_looks(
     folder:Path,      # of a model
     looks:Tensor,     # (tokens, c, c)
@@ -423,6 +425,7 @@ def load_looks(
     if tuple(looks.shape) != (shape[0], shape[1], shape[1]): raise ValueError(f"{path} holds {tuple(looks.shape)}, but this model needs {(shape[0], shape[1], shape[1])}; {again}")
     return looks.float()
 
+# %% ../../nbs/model/46_midas.ipynb #aff6295d
 def load_midas(
     folder:Path,         # as `Midas.save_pretrained` writes it
     cls:type,            # the class to build
