@@ -329,7 +329,7 @@ def test_missing_weights_are_one_line(capsys, monkeypatch, tmp_path, voice):
     status, out, err = run(capsys, 'animate', MIRA, voice, '-o', tmp_path/'o.mp4', '--weights', 'tiny')
     assert (status, out, len(err.splitlines())) == (2, '', 1) and 'bundled weights are not there' in err and '--weights' in err
 
-@pytest.mark.parametrize('extra, hold', [((), None), (('--expression', 'happy'), None), (('--expression', 'happy', '--hold', '.3'), .3), (('--hold', '0'), 0.)])
+@pytest.mark.parametrize('extra, hold', [((), None), (('--text', 'smiling'), None), (('--expression', 'happy'), None), (('--expression', 'happy', '--hold', '.3'), .3), (('--hold', '0'), 0.)])
 def test_hold_is_passed_on(tmp_path, capsys, monkeypatch, voice, weights, extra, hold):
     asked, real = [], A.Session
     monkeypatch.setattr(A, 'Session', lambda *a, **kw: asked.append(kw['hold']) or real(*a, **kw))

@@ -107,7 +107,7 @@ def test_ctrl_c(tmp_path, maker, workers):
     until = time.time() + 30
     while not list(out.glob('*.tar')) and time.time() < until and p.poll() is None: time.sleep(.05)
     os.killpg(p.pid, signal.SIGINT)                                             # the terminal sends it to all processes
-    _, err = p.communicate(timeout=60)
+    _, err = p.communicate(timeout=20)
     assert p.returncode == 130 and err.strip() == 'midas-ref: interrupted. Run the same command again to go on.', err
     assert list(out.glob('*.tar')) and not [f for f in out.iterdir() if f.name.endswith('.part')]
 

@@ -100,7 +100,7 @@ def shares(
     latents:Tensor,   # of people, best of such who had no part in `looks`, (p, 1+t, c, h, w)
     looks:Tensor,     # (h*w, c, c)
 )->dict:              # 'people', 'movement'
-    "What the gain leaves of differences between people (by what portrait and frames of a person share, so that no pose is in it) and between frames and portrait of one person: dᵀKd over dᵀd."
+    "What the gain takes for looks: of differences between people (of what portrait and frames of a person share, so that no pose is in it), and of those between frames and portrait of one person; dᵀKd over dᵀd."
     z = rearrange(latents.to(looks), 'p t c h w -> p t (h w) c')
     part = lambda a, b: (torch.einsum('...nc,ncd,...nd', a, looks, b).sum()/(a*b).sum()).item()
     same, moved = [v - v.mean(0) for v in (z[:, 0], z[:, 1:].mean(1))], z[:, :1] - z[:, 1:]
