@@ -47,7 +47,11 @@ def _uniform(n, generator, device, steps): return torch.rand(n, generator=genera
 def _logit_normal(n, generator, device, steps): return torch.normal(0., 1., (n,), generator=generator, device=device).sigmoid()
 def _grid(n, generator, device, steps): return step_sigmas(steps)[:-1].to(device)[torch.randint(steps, (n,), generator=generator, device=device)]
 
-T_SAMPLERS = dict(uniform=_uniform, logit_normal=_logit_normal, grid=_grid)  # name -> function(n, generator, device, steps)
+def _mixed(n, generator, device, steps):
+    a, b = (f(n, generator, device, steps) for f in (_grid, _logit_normal))
+    return torch.where(torch.rand(n, generator=generator, device=device) < .5, a, b)
+
+T_SAMPLERS = dict(uniform=_uniform, logit_normal=_logit_normal, grid=_grid, mixed=_mixed)  # name -> function(n, generator, device, steps)
 
 def sample_t(
     n:int,                                # how many

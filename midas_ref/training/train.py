@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['STEPS', 'FACE', 'TURN', 'READINGS', 'Scenes', 'tokenizer_hash', 'write_scene', 'write_scenes', 'readings', 'Pool',
            'check_scenes', 'draw_pool', 'change_weight', 'first_weight', 'Recipe', 'inner_matrices', 'make_optimisers',
-           'own_frames', 'lead_astray', 'generate', 'running_median', 'eager', 'Past', 'JointTrainer', 'pack_stock',
-           'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model',
-           'new_midas']
+           'own_frames', 'like', 'lead_astray', 'generate', 'running_median', 'eager', 'Past', 'JointTrainer',
+           'pack_stock', 'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip',
+           'train_model', 'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
@@ -33,7 +33,7 @@ from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
 from ..model.flow import sample
-from ..model.midas import Midas, by_chunk, midas_folder
+from ..model.midas import Midas, by_chunk, load_looks, looks_codec, midas_folder
 
 # %% ../../nbs/training/50_train.ipynb #d9788e18
 STEPS = 2047   # of a channel of motion between 0 and 1: finer than any pixel
@@ -118,7 +118,7 @@ def write_scenes(
     return Scenes(*(torch.stack(c) for c in zip(*rows)), list(table), fps, tokenizer_hash(audio))
 
 # %% ../../nbs/training/50_train.ipynb #ad4cc596
-FACE = [i for i, n in enumerate(MOTION) if n in MOUTH or n in ('squint', 'brow_l', 'brow_r', 'furrow', 'smile', 'cheek', 'nose_wrinkle')]   # what speech and mood move
+FACE = [i for i, n in enumerate(MOTION) if n in MOUTH or n in ('blink_l', 'blink_r', 'squint', 'brow_l', 'brow_r', 'furrow', 'smile', 'cheek', 'nose_wrinkle')]   # what speech and mood move, and the lids
 TURN = [MOTION.index(n) for n in ('yaw', 'pitch', 'roll')]
 READINGS = len(FACE) + len(TURN)
 
@@ -256,6 +256,7 @@ class Recipe:
     own:float = .5            # share of own frames in the past, in the last part
     own_from:float = .75      # progress at which that part begins
     own_depth:int = 1         # steps deep that they go, in the end
+    own_steps:int = 2         # denoising steps of each
     rollout:float = 0.        # share of steps on a past that has wandered off as the model does live, in the last part
     renew:int = 25            # steps between two draws of such a batch
     first:float = 3.          # weight of the first chunk of a sequence, in weights of the others: there words alone say what the portrait does not
@@ -305,6 +306,17 @@ def own_frames(
     x = sample(model.face(reference, t), z.flatten(0, 1), noise.to(z), steps)
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
+
+def like(
+    x:Tensor,                # frames as drawn, (b, t, c, h, w)
+    reference:Tensor,        # (b, c, h, w)
+    looks:Tensor|None,       # gain of the model (page 60); None: nothing is held
+)->Tensor:                   # (b, t, c, h, w)
+    "Frames as a stream remembers them: with the looks of the portrait."
+    if looks is None: return x
+    off = rearrange(reference[:, None] - x, 'b t c h w -> b t (h w) c')
+    return x + rearrange(torch.einsum('ncd,btnd->btnc', looks.to(x), off), 'b t (h w) c -> b t c h w', h=x.shape[3])
+
 
 # %% ../../nbs/training/50_train.ipynb #81ffc2fb
 @torch.no_grad()
@@ -362,7 +374,8 @@ class Past:
         "What the model looks back on: the truth, its own frames, both perhaps with one error all along, or nothing."
         coin, x = lambda *s: torch.rand(*s, generator=self.g, device=self.device), latents
         for _ in range(passes):                                                                                     # own frames, then such as follow from own frames, ...
-            x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, own_frames(self.model, x, reference, signals, self.g, 2).to(x), latents)
+            own = own_frames(self.model, x, reference, signals, self.g, self.r.own_steps).to(x)
+            x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, like(own, reference, self.model.looks), latents)
         x = lead_astray(x, self.r.astray, self.g) if self.r.astray else x
         blind = coin(len(x), 1, 1, 1, 1) < self.r.blind
         return torch.where(blind, torch.randn(x.shape, generator=self.g, device=self.device).to(x), x)
@@ -626,5 +639,6 @@ def new_midas(
         if (k := 'head.look.weight') in wanted: state.setdefault(k, torch.zeros_like(wanted[k]))   # or never looked at the portrait
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
+        if looks_codec(at := midas_folder(start_from)) == model.codec_hash: model.looks = load_looks(at, model.codec_hash, (model.layout.frame_tokens, model.cfg.codec.latent_channels))
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
     return model
