@@ -365,11 +365,15 @@ def test_sorted_weights_give_the_same_frames(midas):
     def frames(): return Session(m, face, seed=1).push(x).astype(int)
     before = frames()
     A.pack(m, m.layout.frame_tokens)
-    packed = [f for f in m.modules() if isinstance(f.forward, A.Packed)]
-    assert len(packed) > 20 and sum(f.forward.gelu is not None for f in packed) >= m.cfg.head.layers
+    packed, convs = ([f for f in m.modules() if isinstance(f.forward, kind)] for kind in (A.Packed, A.PackedConv))
+    assert len(packed) > 20 and sum(f.forward.gelu is not None for f in packed) >= m.cfg.head.layers and len(convs) > 20
     assert abs(frames() - before).max() <= 1 and all(f.forward.key for f in (m.head.embed, m.head.blocks[0].ff[0]))
+    assert m.codec.decoder.stem.forward.key
     with torch.no_grad(): m.head.out.weight.neg_()
     other = frames()
     assert abs(other - before).max() > 2
+    with torch.no_grad(): m.codec.decoder.stem.weight.neg_(); m.codec.decoder.out.conv.weight.mul_(.5)
+    again, other = other, frames()
+    assert abs(other - again).max() > 2
     for f in m.modules(): f.__dict__.pop('forward', None)
     assert abs(frames() - other).max() <= 1
