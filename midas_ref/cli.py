@@ -456,7 +456,7 @@ def bench_codec(a):
     "Print machine, warm-up, median and p95 for pictures alone and for a stream."
     import torch
     from midas_ref.codec import dcae, stream, temporal
-    from midas_ref.config import preset
+    from midas_ref.config import cpu_multiplies_bfloat16, preset
     from midas_ref.inference import animate
     device, cfg, dtype = device_of(a.device), preset(a.preset), getattr(torch, a.dtype)
     if device != 'cpu': torch.backends.cudnn.benchmark = True
@@ -467,7 +467,7 @@ def bench_codec(a):
     rows = {'single pictures': lambda: alone(device, dtype, a.frames, 10), 'stream': lambda: live(a.frames, 10), 'stream, 8 frames at once': lambda: live(a.frames, 16, 8)}
     if a.compiled: rows['single pictures, compiled'] = lambda: alone(device, dtype, a.frames, 10, fast=True)
     if a.compiled and device != 'cpu': rows['stream, replayed'] = lambda: live(a.frames, 10, fast=True)
-    if device == 'cpu' and dtype == torch.bfloat16: rows['stream, weights sorted'] = lambda: stream.bench_stream(animate.pack(codec), h, w, a.frames, 10)      # page 62; last, since it stays so
+    if device == 'cpu' and dtype == torch.bfloat16 and cpu_multiplies_bfloat16(): rows['stream, weights sorted'] = lambda: stream.bench_stream(animate.pack(codec), h, w, a.frames, 10)      # page 62; last, since it stays so
     for name, timed in rows.items():
         for part, ms in timed().items(): print(f'{name}, {part}: {ms}', flush=True)
 

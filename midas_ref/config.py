@@ -163,10 +163,12 @@ class HeadConfig:
     heads: int = 16     # attention heads
     steps: int = 4      # denoising steps at inference
     portrait: bool = False  # does it look at the portrait itself, besides the hidden states?
+    start: float = 1.   # time that the first denoising step is told; 1 is pure noise, below it what is rare is drawn more often (page 44)
 
     def __post_init__(self):
         _positive(self, 'width', 'layers', 'heads', 'steps')
         _check(self.kind in ('dit', 'mlp'), "HeadConfig.kind", self.kind, "'dit' or 'mlp'")
+        _check(.5 <= self.start <= 1, "HeadConfig.start", self.start, "0.5 to 1")
         _check(self.width % self.heads == 0, "HeadConfig.width", self.width, f"a multiple of heads={self.heads}")
 
 MEMORY_LEVEL = 8   # noise level of the past in use, of the 20; page 70 measures what it costs and gives
@@ -242,7 +244,7 @@ def _tiny():
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         pose=PoseConfig(moved=True),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=704, name=''),
-        head=HeadConfig(width=256, layers=5, heads=8, portrait=True))
+        head=HeadConfig(width=256, layers=5, heads=8, portrait=True, start=.95))
 
 PRESETS = {'paper': MidasConfig, 'tiny': _tiny}  # name -> function that builds the preset
 

@@ -266,7 +266,7 @@ def generate_offline(
     for t in range(chunks*f):
         tokens, _ = midas.embed(past, reference, (signals or {}) | {'audio': heard}, ids, noise)
         z = midas.hidden(tokens)[:, t]
-        x0 = sample(midas.face(reference), z, state.randn(n, c, dtype=z.dtype), midas.cfg.head.steps)
+        x0 = sample(midas.face(reference), z, state.randn(n, c, dtype=z.dtype), midas.cfg.head.steps, midas.cfg.head.start)
         latents[:, t], noise[:, t] = back(x0), state.randn(n, c, dtype=x0.dtype)
         past[:, t] = back(held(x0, rearrange(reference, 'b c h w -> b (h w) c'), hold, midas.looks)) if hold else latents[:, t]
     return midas.codec.decode(latents)[0].clamp(-1, 1)

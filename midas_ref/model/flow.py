@@ -31,16 +31,18 @@ def velocity(
     return x1 - x0
 
 # %% ../../nbs/model/44_flow.ipynb #40121e79
-def _times(steps:int)->list:
+def _times(steps:int, start:float=1.)->list:
     "The times that the sampler visits, as plain numbers: no device has to be asked for them."
     if steps < 1: raise ValueError(f"steps is {steps}; accepted: a whole number, 1 or more.")
-    return [1 - i/steps for i in range(steps + 1)]
+    if not 0 < start <= 1: raise ValueError(f"start is {start}; accepted: a time above 0, up to 1.")
+    return [start*(1 - i/steps) for i in range(steps + 1)]
 
 def step_sigmas(
-    steps:int,  # denoising steps
-)->Tensor:      # (steps + 1,), from 1 down to 0
+    steps:int,       # denoising steps
+    start:float=1.,  # the first time
+)->Tensor:           # (steps + 1,), from start down to 0
     "The times that the sampler visits."
-    return torch.tensor(_times(steps))
+    return torch.tensor(_times(steps, start))
 
 # %% ../../nbs/model/44_flow.ipynb #994941f1
 def _uniform(n, generator, device, steps): return torch.rand(n, generator=generator, device=device)
@@ -95,9 +97,10 @@ def sample(
     z:Tensor,        # condition of each token, (b, n, d)
     x1:Tensor,       # noise to start from, (b, n, c)
     steps:int=4,     # Euler steps
+    start:float=1.,  # time that the first step is told
 )->Tensor:           # latents, (b, n, c), type of x1
     "Follow the velocity from noise (t = 1) to data (t = 0)."
-    times = _times(steps)
+    times = _times(steps, start)
     x = x1.to(torch.promote_types(x1.dtype, torch.float32))
     flows = head.at(times[:-1], z) if hasattr(head, 'at') else [lambda x, t=t: head(x, torch.full((len(x),), t, device=x.device), z) for t in times[:-1]]
     for flow, t, after in zip(flows, times, times[1:]): x = x + (after - t)*flow(x).to(x.dtype)

@@ -250,7 +250,7 @@ class Live(Kept):
     )->Tensor:                 # a clean frame, (b, n, c)
         "Draw a frame, without reading it."
         head = self.head.facing(self.portrait(state)) if self.head.looks else self.head
-        return sample(head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype) if noise is None else noise, steps or self.cfg.head.steps)
+        return sample(head, z, state.randn(self.layout.frame_tokens, self.cfg.codec.latent_channels, dtype=z.dtype) if noise is None else noise, steps or self.cfg.head.steps, self.cfg.head.start)
 
     def next_frame(self,
         z:Tensor,              # what conditions it, (b, n, d)

@@ -303,7 +303,7 @@ def own_frames(
     model.eval()                                                          # as in use: no modality is dropped
     z = model.hidden(model.embed(latents, reference, signals, ids, latents.new_zeros(b, t, h*w, c))[0])
     noise = torch.randn(b*t, h*w, c, generator=generator, device=latents.device)
-    x = sample(model.face(reference, t), z.flatten(0, 1), noise.to(z), steps)
+    x = sample(model.face(reference, t), z.flatten(0, 1), noise.to(z), steps, model.cfg.head.start)
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
