@@ -80,6 +80,21 @@ def test_grid_is_the_samplers():
     assert sorted(set(sample_t(400, 'grid').tolist())) == [.25, .5, .75, 1]
     assert sorted(set(sample_t(400, 'grid', steps=2).tolist())) == [.5, 1]
 
+def test_mixed_is_half_of_each():
+    t = sample_t(20_000, 'mixed', torch.Generator().manual_seed(0))
+    on = torch.isin(t, step_sigmas(4)[:4])
+    assert abs(on.float().mean() - .5) < .02 and all(abs((t == s).float().mean() - .125) < .01 for s in step_sigmas(4)[:4])
+    off = t[~on]
+    assert abs((off < .5).float().mean() - .5) < .02 and abs((off < .2).float().mean() - .083) < .01      # logit-normal
+
+def test_sampler_starts_where_it_is_told():
+    "The head is asked for the times from there on, and steps reach 0."
+    asked, x1, z = [], torch.randn(2, 3, 4), torch.zeros(2, 3, 1)
+    out = sample(lambda x, t, z: asked.append(t[0].item()) or torch.ones_like(x), z, x1, 4, .8)
+    assert torch.allclose(torch.tensor(asked), torch.tensor([.8, .6, .4, .2])) and torch.allclose(out, x1 - .8)
+    assert torch.allclose(step_sigmas(4, .8), torch.tensor([.8, .6, .4, .2, 0]))
+    for bad in (0, 1.1, -1): pytest.raises(ValueError, step_sigmas, 4, bad)
+
 @pytest.mark.parametrize('kind', T_SAMPLERS)
 def test_t_types_and_range(kind):
     t = sample_t(1000, kind)

@@ -11,7 +11,8 @@ from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
-from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, generate, lead_astray, load_run, new_midas, own_frames, running_median, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.data.probes import WEIGHTS
+from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, generate, lead_astray, like, load_run, new_midas, own_frames, running_median, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -348,6 +349,22 @@ def test_fast_on_cuda(pool):
         return run(t, cuda, 6)
     assert losses(True) == pytest.approx(losses(False), rel=.03)
 
+def test_own_frames_look_as_a_stream_remembers_them(pool, monkeypatch):
+    "What `held` of page 60 makes of a frame, for whole sequences; without a gain they stay as drawn, and a trainer uses the gain of its model."
+    from midas_ref.inference.session import held
+    from midas_ref.training import train as T
+    g = torch.Generator().manual_seed(4)
+    x, ref, looks = torch.randn(2, 3, 128, 4, 4, generator=g), torch.randn(2, 128, 4, 4, generator=g), .1*torch.randn(16, 128, 128, generator=g)
+    tokens = lambda v: v.flatten(-2).movedim(-1, -2)
+    want = torch.stack([held(tokens(x[:, t]), tokens(ref), 1., looks) for t in range(3)], 1)
+    torch.testing.assert_close(tokens(like(x, ref, looks)), want)
+    assert like(x, ref, None) is x
+    t = JointTrainer(Midas(small()), pool.activity(), Recipe(own=1., blind=0., astray=0.))
+    latents, reference, signals, _ = pool.batch(2, 2, generator=t.g)
+    monkeypatch.setattr(T, 'own_frames', lambda model, x, *a: x + 1)
+    t.model.looks = looks[:latents[0, 0, 0].numel()]
+    torch.testing.assert_close(t.context(latents, reference, signals, 1), like(latents + 1, reference, t.model.looks))
+
 def test_own_frames_go_as_deep_as_told(pool, monkeypatch):
     "Each pass draws from what the last one left, so that after k passes a frame stands at most, and sometimes, on k own ones."
     from midas_ref.training import train as T
@@ -362,6 +379,17 @@ def test_own_frames_go_as_deep_as_told(pool, monkeypatch):
     t.loss(pool.batch(2, 2, 3, t.g), .9, 3)                                    # own frames are drawn for chunks of full length alone
     assert seen == [0, 0, 1, 2, 2, 3, 3, 0]
     t.r.own = 0.; t.loss(batch, .9); assert seen[-1] == 0
+
+@pytest.mark.skipif(not (WEIGHTS/'midas'/'looks.safetensors').is_file(), reason='no bundled weights')
+def test_a_model_that_goes_on_keeps_its_gain(tmp_path):
+    "As long as it is about the latents of the codec that is taken."
+    import shutil
+    at = shutil.copytree(WEIGHTS/'midas', tmp_path/'m')
+    a, b = new_midas('tiny', at, anew=True), Midas.from_pretrained('tiny')
+    assert torch.equal(a.looks, b.looks)
+    from midas_ref.model.midas import save_looks
+    save_looks(at, b.looks, 'another')
+    assert new_midas('tiny', at, anew=True).looks is None
 
 def test_a_model_goes_on_with_another_codec(tmp_path):
     "The weights of the model, the codec of the folder; other sizes are refused."
