@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['StreamState', 'stack', 'unstack', 'Streaming', 'started', 'CausalConv3d', 'rope_angles', 'turn_pairs', 'rope',
-           'band_mask', 'near', 'TemporalAttention', 'stream']
+           'band_mask', 'near', 'TemporalAttention', 'stream', 'record']
 
 # %% ../nbs/01_streaming.ipynb #14aa4e74
 import weakref
@@ -274,3 +274,22 @@ def stream(
     "Feed `x` to `model` in pieces and join what comes out."
     if sum(plan) != x.shape[1]: raise ValueError(f"The plan {plan} has {sum(plan)} frames, but the input has {x.shape[1]}.")
     return torch.cat([model(part, state) for part in x.split(plan, 1)], 1)
+
+# %% ../nbs/01_streaming.ipynb #10dd9a59
+def record(
+    f,               # function of tensors that may change slots of streams
+    inputs:tuple,    # tensors on a GPU, of the shapes of all later calls
+    states:list,     # the `StreamState`s that `f` changes; left as they were
+)->tuple:            # CUDA graph, the tensors that it reads, the tensor that it writes
+    "Record a call."
+    places, kept = [x.clone() for x in inputs], [(s, s.seen.clone(), {k: v.clone() for k, v in s.slots.items()}) for s in states]
+    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2): f(*places)                          # makes the slots, and chooses kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): out = f(*places)
+    for s, seen, slots in kept:
+        s.seen.copy_(seen)
+        for k, v in s.slots.items(): v.copy_(slots[k]) if k in slots else v.zero_()
+    return graph, places, out

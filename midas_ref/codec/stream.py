@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ..config import CodecConfig, VideoConfig
 from ..metrics import flicker
-from ..streaming import StreamState
+from ..streaming import StreamState, record
 from .dcae import time_calls
 from .temporal import VideoDCAE
 
@@ -105,9 +105,9 @@ def bench_stream(
 
 @torch.no_grad()
 def _replayed(f, x, state):
-    from midas_ref.inference.session import record
-    graph, _, _ = record(f, (x,), [state])
-    return graph.replay
+    if x.device.type != 'cuda': raise ValueError(f"fast replays a recording on a GPU, and this codec is on {x.device}; accepted: fast=False.")
+    graph, *places = record(f, (x,), [state])
+    return lambda: (graph.replay(), places)               # it goes on reading and writing them
 
 # %% ../../nbs/codec/23_stream.ipynb #0b497951
 def decode_alone(

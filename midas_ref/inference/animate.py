@@ -42,7 +42,7 @@ class Packed:
     def __call__(self, x:Tensor)->Tensor:
         w = self.layer.weight
         if torch.is_grad_enabled() or x.is_cuda or x.dtype != w.dtype: return self.plain(x)      # and PyTorch itself complains of a wrong type
-        if self.key != (w._version, w.dtype): self.weight, self.key = torch.ops.mkldnn._reorder_linear_weight(w.detach(), self.rows), (w._version, w.dtype)
+        if self.key != (key := (w.data_ptr(), w._version, w.dtype)): self.weight, self.key = torch.ops.mkldnn._reorder_linear_weight(w.detach(), self.rows), key
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.layer.bias, *(('none', [], '') if self.gelu is None else ('gelu', [], self.gelu)))
 
 class PackedConv:
@@ -58,7 +58,7 @@ class PackedConv:
         c, w = self.layer, self.layer.weight
         if torch.is_grad_enabled() or x.is_cuda or x.dtype != w.dtype: return c._conv_forward(x, w, c.bias)
         how = list(c.padding), list(c.stride), list(c.dilation), c.groups
-        if self.key != (w._version, w.dtype): self.weight, self.key = torch.ops.mkldnn._reorder_convolution_weight(w.detach(), *how, list(x.shape)), (w._version, w.dtype)
+        if self.key != (key := (w.data_ptr(), w._version, w.dtype)): self.weight, self.key = torch.ops.mkldnn._reorder_convolution_weight(w.detach(), *how, list(x.shape)), key
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, c.bias, *how, 'none', [], '')
 
 def pack(
@@ -72,7 +72,7 @@ def pack(
                 if type(a) is nn.Linear and type(b) is nn.GELU: a.forward, b.forward = Packed(a, rows, b.approximate), lambda x: x
     for m in model.modules():
         if type(m) is nn.Linear and not isinstance(m.forward, Packed): m.forward = Packed(m, rows)
-        if type(m) is nn.Conv2d and m.padding_mode == 'zeros': m.forward = PackedConv(m)
+        if type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str): m.forward = PackedConv(m)
     return model
 
 # %% ../../nbs/inference/62_animate.ipynb #8266405a

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Streams', 'open_streams', 'join_streams', 'split_streams', 'draw_looks', 'fit_looks', 'shares', 'held', 'StageClock',
-           'untimed', 'record', 'FrameCalls', 'two_cores', 'beside', 'draw_chunk', 'generate_offline', 'Wishes',
-           'Session', 'to_bytes', 'picture']
+           'untimed', 'FrameCalls', 'two_cores', 'beside', 'draw_chunk', 'generate_offline', 'Wishes', 'Session',
+           'to_bytes', 'picture']
 
 # %% ../../nbs/inference/60_session.ipynb #55c9dc10
 import os, time
@@ -18,7 +18,7 @@ from torch import Tensor
 from einops import rearrange
 from ..config import MEMORY_HOLD, MEMORY_LEVEL
 from ..metrics import latency
-from ..streaming import StreamState, stack, unstack
+from ..streaming import StreamState, record, stack, unstack
 from ..data.clips import MOODS
 from ..codec.stream import decode_frame
 from ..conditions.audio import check_audio
@@ -144,24 +144,6 @@ class StageClock:
 def untimed(stage): yield
 
 # %% ../../nbs/inference/60_session.ipynb #37769b04
-def record(
-    f,               # function of tensors that may change slots of streams
-    inputs:tuple,    # tensors on a GPU, of the shapes of all later calls
-    states:list,     # the `StreamState`s that `f` changes; left as they were
-)->tuple:            # CUDA graph, the tensors that it reads, the tensor that it writes
-    "Record a call."
-    places, kept = [x.clone() for x in inputs], [(s, s.seen.clone(), {k: v.clone() for k, v in s.slots.items()}) for s in states]
-    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2): f(*places)                          # makes the slots, and chooses kernels
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): out = f(*places)
-    for s, seen, slots in kept:
-        s.seen.copy_(seen)
-        for k, v in s.slots.items(): v.copy_(slots[k]) if k in slots else v.zero_()
-    return graph, places, out
-
 class FrameCalls:
     "The calls of a frame: where the streams keep recordings, recorded on first use and replayed from then on, elsewhere made as they are."
     def __init__(self,

@@ -60,7 +60,7 @@ def sample_t(
     kind:str='logit_normal',              # a name in `T_SAMPLERS`
     generator:torch.Generator|None=None,  # of the draw
     device='cpu',                         # where the times are wanted
-    steps:int=4,                          # denoising steps whose times 'grid' draws from
+    steps:int=4,                          # denoising steps whose times 'grid' and 'mixed' draw from
 )->Tensor:                                # float32, (n,), 0 to 1
     "Times to train at."
     if kind not in T_SAMPLERS: raise ValueError(f"The t sampler is {kind!r}; accepted: {', '.join(map(repr, T_SAMPLERS))}.")
@@ -75,7 +75,7 @@ def flow_loss(
     repeats:int=4,                        # independent t (and noises) per row
     weight:Tensor|None=None,              # of each squared error, 0 or more, broadcastable to (b, n, c); the loss is the weighted average
     generator:torch.Generator|None=None,  # of t and noise
-    steps:int=4,                          # denoising steps whose times 'grid' draws from
+    steps:int=4,                          # denoising steps whose times 'grid' and 'mixed' draw from
 )->dict:                                  # loss (scalar), per_token (r, b, n) unweighted, x0_hat (r, b, n, c), t (r, b)
     "Equation 3: mean squared error of the predicted velocity, `repeats` times for each condition."
     if x0.shape[:2] != z.shape[:2]:

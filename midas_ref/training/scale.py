@@ -63,7 +63,7 @@ class TrainConfig:
     spread: bool = True            # FlexAttention: a copy of keys and values for each head of queries, so that the backward pass falls into more pieces
     even: bool = True              # FlexAttention: sequences lengthened to whole blocks of 128 tokens
     repeats: int = 4               # times that the head learns from each output
-    t_kind: str = 'logit_normal'   # where its t comes from
+    t_kind: str = 'mixed'          # where its t comes from
     high: float = 0.               # bias to high noise levels in the first third
     blind: float = 0.              # share of sequences without a past
     astray: float = 0.             # share of sequences whose past has one and the same error all along

@@ -249,7 +249,7 @@ class Recipe:
     clip:float = 1.           # largest norm of a gradient
     keep:float = .999         # of the averaged weights, per step
     repeats:int = 4           # times that the head learns from each output
-    t_kind:str = 'logit_normal'  # where its t comes from
+    t_kind:str = 'mixed'      # where its t comes from, see `sample_t`
     high:float = .5           # bias to high noise levels in the first third
     blind:float = .1          # share of sequences without a past
     astray:float = .5         # share of sequences whose past has one and the same error all along
@@ -505,6 +505,7 @@ def load_run(
     now = trainer.model.trained_state()
     if set(now) != set(parts['model']) or any(now[k].shape != v.shape for k, v in parts['model'].items()): raise ValueError(f"The checkpoint {path} belongs to a model of other sizes.")
     if ('opt1' in parts) != (len(trainer.opts) > 1): raise ValueError(f"The checkpoint {path} was written by another optimiser: with Muon or without it; give the recipe that it was trained with.")
+    if any(parts['reader'][k].shape != v.shape for k, v in trainer.reader.state_dict().items()): raise ValueError(f"The checkpoint {path} reads {len(parts['reader']['1.bias'])} numbers of a face, and this version {READINGS}; go on from its model instead (--start-from).")
     trainer.model.load_state_dict(parts['model'], strict=False); trainer.reader.load_state_dict(parts['reader'])
     trainer.ema = {k: v.to(trainer.device) for k, v in parts['ema'].items()}
     for i, o in enumerate(trainer.opts): load_moments(o, parts[f'opt{i}'])
