@@ -11,7 +11,7 @@ set -u
 out=${1:?where to, such as runs/tiny}; mkdir -p "$out"
 start=${START:-data_samples/weights}; cards=$(nvidia-smi -L | wc -l); others=$(seq -s, 1 $((cards-1))); cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)))')
 midas() { python3 -c 'import sys; from midas_ref.cli import main; sys.exit(main())' "$@"; }
-joint() { CUDA_VISIBLE_DEVICES=$others python3 -m torch.distributed.run --standalone --nproc-per-node $((cards-1)) tools/tiny.py joint "$@"; }
+joint() { CUDA_VISIBLE_DEVICES=$others python3 -m torch.distributed.run --standalone --nproc-per-node $((cards-1)) tools/tiny.py joint --times logit_normal "$@"; }
 export PYTHONPATH=$PWD OMP_NUM_THREADS=2
 
 CUDA_VISIBLE_DEVICES=0 midas train codec "$out/1" --start-from "$start/codec" --minutes "${STAGE1:-7}" --lr 3e-4 --muon 2.7 --late .6 --people 100 --workers 10 --bake-on cpu \
