@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FrameTokens', 'initialise', 'Parts', 'TeacherForcing', 'Kept', 'Live', 'by_chunk', 'replay_latents', 'safe_dtype',
-           'Midas', 'midas_folder', 'read_config', 'save_looks', 'looks_codec', 'load_looks', 'load_midas']
+           'Midas', 'midas_folder', 'read_config', 'held', 'save_looks', 'looks_codec', 'load_looks', 'load_midas']
 
 # %% ../../nbs/model/46_midas.ipynb #923bd0e9
 import copy, json
@@ -392,6 +392,16 @@ def read_config(
 
 
 # %% ../../nbs/model/46_midas.ipynb #6e6cd7d6
+def held(
+    x0:Tensor,                 # tokens of frames as drawn, (..., n, c)
+    portrait:Tensor,           # tokens of their portraits, (..., n, c)
+    hold:float,                # how firmly, 0 to 1
+    looks:Tensor|None=None,    # gain from `fit_looks` of page 60, (n, c, c)
+)->Tensor:                     # (..., n, c)
+    "What is remembered of a frame: a share `hold` of what differs in looks is taken back or, without `looks`, of all that differs."
+    portrait = portrait.to(x0)
+    return torch.lerp(x0, portrait, hold) if looks is None else x0 + hold*torch.einsum('ncd,...nd->...nc', looks.to(x0), portrait - x0)
+
 def save_looks(
     folder:Path,      # of a model
     looks:Tensor,     # (tokens, c, c)

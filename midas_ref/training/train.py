@@ -33,7 +33,7 @@ from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
 from ..model.flow import sample
-from ..model.midas import Midas, by_chunk, load_looks, looks_codec, midas_folder
+from ..model.midas import Midas, by_chunk, held, load_looks, looks_codec, midas_folder
 
 # %% ../../nbs/training/50_train.ipynb #d9788e18
 STEPS = 2047   # of a channel of motion between 0 and 1: finer than any pixel
@@ -314,9 +314,8 @@ def like(
 )->Tensor:                   # (b, t, c, h, w)
     "Frames as a stream remembers them: with the looks of the portrait."
     if looks is None: return x
-    off = rearrange(reference[:, None] - x, 'b t c h w -> b t (h w) c')
-    return x + rearrange(torch.einsum('ncd,btnd->btnc', looks.to(x), off), 'b t (h w) c -> b t c h w', h=x.shape[3])
-
+    tokens = lambda v: rearrange(v, '... c h w -> ... (h w) c')
+    return rearrange(held(tokens(x), tokens(reference)[:, None], 1., looks), '... (h w) c -> ... c h w', h=x.shape[3])
 
 # %% ../../nbs/training/50_train.ipynb #81ffc2fb
 @torch.no_grad()
