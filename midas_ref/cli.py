@@ -467,7 +467,7 @@ def bench_codec(a):
     rows = {'single pictures': lambda: alone(device, dtype, a.frames, 10), 'stream': lambda: live(a.frames, 10), 'stream, 8 frames at once': lambda: live(a.frames, 16, 8)}
     if a.compiled: rows['single pictures, compiled'] = lambda: alone(device, dtype, a.frames, 10, fast=True)
     if a.compiled and device != 'cpu': rows['stream, replayed'] = lambda: live(a.frames, 10, fast=True)
-    if device == 'cpu' and dtype == torch.bfloat16 and cpu_multiplies_bfloat16(): rows['stream, weights sorted'] = lambda: stream.bench_stream(animate.pack(codec, convs=True), h, w, a.frames, 10)      # page 62; last, since it stays so
+    if device == 'cpu' and dtype == torch.bfloat16 and cpu_multiplies_bfloat16(): rows['stream, weights sorted'] = lambda: stream.bench_stream(animate.pack(codec), h, w, a.frames, 10)      # page 62; last, since it stays so
     for name, timed in rows.items():
         for part, ms in timed().items(): print(f'{name}, {part}: {ms}', flush=True)
 

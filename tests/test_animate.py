@@ -364,7 +364,7 @@ def test_sorted_weights_give_the_same_frames(midas):
     m, face, x = copy.deepcopy(midas), torch.zeros(3, midas.cfg.video.height, midas.cfg.video.width), A.babble(.96)
     def frames(): return Session(m, face, seed=1).push(x).astype(int)
     before = frames()
-    A.pack(m, m.layout.frame_tokens, convs=True)
+    A.pack(m, m.layout.frame_tokens)
     packed, convs = ([f for f in m.modules() if isinstance(f.forward, kind)] for kind in (A.Packed, A.PackedConv))
     assert len(packed) > 20 and sum(f.forward.gelu is not None for f in packed) >= m.cfg.head.layers and len(convs) > 20
     assert abs(frames() - before).max() <= 1 and all(f.forward.key for f in (m.head.embed, m.head.blocks[0].ff[0]))

@@ -64,16 +64,15 @@ class PackedConv:
 def pack(
     model:nn.Module,   # changed in place
     rows:int=16,       # tokens of a frame
-    convs:bool=False,  # convolutions over pictures as well
 )->nn.Module:          # the same
-    "Let all linear layers keep their weights sorted, each from its first call on."
+    "Let all linear layers and convolutions over pictures keep their weights sorted, each from its first call on."
     for m in model.modules():
         if type(m) is nn.Sequential:
             for a, b in zip(m, [*m][1:]):
                 if type(a) is nn.Linear and type(b) is nn.GELU: a.forward, b.forward = Packed(a, rows, b.approximate), lambda x: x
     for m in model.modules():
         if type(m) is nn.Linear and not isinstance(m.forward, Packed): m.forward = Packed(m, rows)
-        if convs and type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str): m.forward = PackedConv(m)
+        if type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str): m.forward = PackedConv(m)
     return model
 
 # %% ../../nbs/inference/62_animate.ipynb #8266405a
