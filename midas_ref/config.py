@@ -8,7 +8,7 @@ __all__ = ['SPATIAL', 'MEMORY_LEVEL', 'MEMORY_HOLD', 'PRESETS', 'SECTIONS', 'Vid
            'pick_device']
 
 # %% ../nbs/00_config.ipynb #9dec16e5
-import configparser, dataclasses, importlib.util, json, os
+import configparser, dataclasses, importlib.util, json, math, os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,11 +164,14 @@ class HeadConfig:
     steps: int = 4      # denoising steps at inference
     portrait: bool = False  # does it look at the portrait itself, besides the hidden states?
     start: float = 1.   # time that the first denoising step is told; 1 is pure noise, below it what is rare is drawn more often (page 44)
+    temperature: tuple = (1.,)  # deviation of the noise: one number, or 4, 9, 16, ... of a square grid laid over the frame, row by row (page 44)
 
     def __post_init__(self):
         _positive(self, 'width', 'layers', 'heads', 'steps')
         _check(self.kind in ('dit', 'mlp'), "HeadConfig.kind", self.kind, "'dit' or 'mlp'")
         _check(.5 <= self.start <= 1, "HeadConfig.start", self.start, "0.5 to 1")
+        n = len(self.temperature)
+        _check(n and math.isqrt(n)**2 == n and all(0 <= x <= 2 for x in self.temperature), "HeadConfig.temperature", self.temperature, "1, 4, 9, 16, ... numbers, 0 to 2")
         _check(self.width % self.heads == 0, "HeadConfig.width", self.width, f"a multiple of heads={self.heads}")
 
 MEMORY_LEVEL = 8   # noise level of the past in use, of the 20; page 70 measures what it costs and gives
@@ -244,7 +247,7 @@ def _tiny():
         text=TextConfig(tokens=16, width=128, model='bytes', layers=2),
         pose=PoseConfig(moved=True),
         backbone=BackboneConfig(width=384, layers=6, heads=6, kv_heads=2, head_dim=64, ffn=704, name=''),
-        head=HeadConfig(width=256, layers=5, heads=8, portrait=True, start=.95))
+        head=HeadConfig(width=256, layers=5, heads=8, portrait=True, start=.95, temperature=(.85,)*5 + (1.,)*2 + (.85,)*9))
 
 PRESETS = {'paper': MidasConfig, 'tiny': _tiny}  # name -> function that builds the preset
 

@@ -22,6 +22,9 @@ from midas_ref import config as C
     (lambda: C.BackboneConfig(kv_heads=3), 'a multiple of kv_heads=3'),
     (lambda: C.HeadConfig(kind='cnn'), "'dit' or 'mlp'"),
     (lambda: C.HeadConfig(start=1.5), '0.5 to 1'),
+    (lambda: C.HeadConfig(temperature=(1., 1.)), '1, 4, 9'),
+    (lambda: C.HeadConfig(temperature=(-.1,)), '0 to 2'),
+    (lambda: C.HeadConfig(temperature=()), '1, 4, 9'),
     (lambda: C.NoiseConfig(sigma_max=1.), 'below 1'),
     (lambda: C.from_dict({'video': {'hight': 64}}), 'VideoConfig field is'),
 ])

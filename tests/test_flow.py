@@ -95,6 +95,14 @@ def test_sampler_starts_where_it_is_told():
     assert torch.allclose(step_sigmas(4, .8), torch.tensor([.8, .6, .4, .2, 0]))
     for bad in (0, 1.1, -1): pytest.raises(ValueError, step_sigmas, 4, bad)
 
+@pytest.mark.parametrize('temperature', [.5, torch.tensor([[0.], [1.], [2.]])])
+def test_temperature_scales_the_noise(temperature):
+    "Of all tokens, or of each."
+    x1, z = torch.randn(2, 3, 4), torch.zeros(2, 3, 1)
+    seen = []
+    sample(lambda x, t, z: seen.append(x) or torch.zeros_like(x), z, x1, 4, temperature=temperature)
+    assert torch.equal(seen[0], x1*temperature)
+
 @pytest.mark.parametrize('kind', T_SAMPLERS)
 def test_t_types_and_range(kind):
     t = sample_t(1000, kind)

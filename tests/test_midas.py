@@ -6,7 +6,7 @@ from midas_ref.config import preset
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
 from midas_ref.conditions.pose import Motion
-from midas_ref.model.midas import Live, Midas, by_chunk, load_midas, replay_latents, save_looks
+from midas_ref.model.midas import Live, Midas, by_chunk, load_midas, over_frame, replay_latents, save_looks
 from midas_ref.model.noise import draw_ids
 
 def small(frames=6, window=8):
@@ -135,6 +135,17 @@ def test_with_frames_shares_weights(model):
     with torch.no_grad(): model.tokens.lift.bias.sub_(1.)
     assert not torch.equal(before, after)
     with pytest.raises(ValueError, match='window_frames'): model.with_frames(5)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_each_part_of_a_frame_has_its_temperature(dtype):
+    "A head that has learnt nothing moves nothing, so what it draws is the noise that it began with."
+    cfg = small()
+    m = Live(dataclasses.replace(cfg, head=dataclasses.replace(cfg.head, temperature=(0., .5, 1., 2.)))).eval().to(dtype)
+    for model in (m, m.with_frames(3)):
+        state, z = model.init_state(1), torch.zeros(1, 4, 32, dtype=dtype)
+        x0 = model.draw(z, state, noise=torch.ones(1, 4, 128, dtype=dtype))
+        assert x0.dtype == dtype and torch.equal(x0[0], torch.tensor([0., .5, 1., 2.], dtype=dtype)[:, None].expand(-1, 128))
+    assert over_frame((1., 2., 3., 4.), 1, 4)[:, 0].tolist() == [3., 3., 4., 4.] and over_frame((.7,), 2, 3).unique().tolist() == [torch.tensor(.7).item()]
 
 def test_wrong_sizes_are_refused(model):
     latents, reference, signals, ids, noise = sequence(model.cfg, 1, 2)

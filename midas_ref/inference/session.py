@@ -23,7 +23,6 @@ from ..data.clips import MOODS
 from ..codec.stream import decode_frame
 from ..conditions.audio import check_audio
 from ..conditions.pose import Motion
-from ..model.flow import sample
 from ..model.midas import Midas, held
 
 # %% ../../nbs/inference/60_session.ipynb #518c07f0
@@ -238,7 +237,7 @@ def generate_offline(
     for t in range(chunks*f):
         tokens, _ = midas.embed(past, reference, (signals or {}) | {'audio': heard}, ids, noise)
         z = midas.hidden(tokens)[:, t]
-        x0 = sample(midas.face(reference), z, state.randn(n, c, dtype=z.dtype), midas.cfg.head.steps, midas.cfg.head.start)
+        x0 = midas.denoise(midas.face(reference), z, state.randn(n, c, dtype=z.dtype))
         latents[:, t], noise[:, t] = back(x0), state.randn(n, c, dtype=x0.dtype)
         past[:, t] = back(held(x0, rearrange(reference, 'b c h w -> b (h w) c'), hold, midas.looks)) if hold else latents[:, t]
     return midas.codec.decode(latents)[0].clamp(-1, 1)

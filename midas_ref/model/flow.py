@@ -98,10 +98,11 @@ def sample(
     x1:Tensor,       # noise to start from, (b, n, c)
     steps:int=4,     # Euler steps
     start:float=1.,  # time that the first step is told
+    temperature:float|Tensor=1.,  # deviation of the noise, or (n, 1): of that of each token
 )->Tensor:           # latents, (b, n, c), type of x1
     "Follow the velocity from noise (t = 1) to data (t = 0)."
     times = _times(steps, start)
-    x = x1.to(torch.promote_types(x1.dtype, torch.float32))
+    x = x1.to(torch.promote_types(x1.dtype, torch.float32))*temperature
     flows = head.at(times[:-1], z) if hasattr(head, 'at') else [lambda x, t=t: head(x, torch.full((len(x),), t, device=x.device), z) for t in times[:-1]]
     for flow, t, after in zip(flows, times, times[1:]): x = x + (after - t)*flow(x).to(x.dtype)
     return x.to(x1.dtype)

@@ -32,7 +32,6 @@ from ..codec.train import RunLog, StackedMuon, agree, load_moments, mean_over_ra
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
-from ..model.flow import sample
 from ..model.midas import Midas, by_chunk, held, load_looks, looks_codec, midas_folder
 
 # %% ../../nbs/training/50_train.ipynb #d9788e18
@@ -303,7 +302,7 @@ def own_frames(
     model.eval()                                                          # as in use: no modality is dropped
     z = model.hidden(model.embed(latents, reference, signals, ids, latents.new_zeros(b, t, h*w, c))[0])
     noise = torch.randn(b*t, h*w, c, generator=generator, device=latents.device)
-    x = sample(model.face(reference, t), z.flatten(0, 1), noise.to(z), steps, model.cfg.head.start)
+    x = model.denoise(model.face(reference, t), z.flatten(0, 1), noise.to(z), steps)
     model.train(was)
     return rearrange(x, '(b t) (h w) c -> b t c h w', b=b, h=h)
 
