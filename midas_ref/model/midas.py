@@ -64,8 +64,7 @@ def over_frame(
 )->Tensor:         # (height*width, 1)
     "Lay a grid over a frame: for each latent vector, the number that its middle falls on."
     side = math.isqrt(len(grid))
-    row, column = ((2*torch.arange(n) + 1)*side//(2*n) for n in (height, width))
-    return torch.tensor(grid).view(side, side)[row][:, column].reshape(-1, 1)
+    return nn.functional.interpolate(torch.tensor(grid).view(1, 1, side, side), (height, width), mode='nearest-exact').view(-1, 1)
 
 
 # %% ../../nbs/model/46_midas.ipynb #da312ed2
