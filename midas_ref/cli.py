@@ -253,6 +253,8 @@ def data_scenes(a):
     option('--muon', type=number(float, 0, 100), default=0., metavar='SCALE', help='one device: train the matrices inside layers with Muon, at this multiple of the learning rate (default 0: AdamW for all)'),
     option('--rows', type=number(int, 1, 4096), default=96, help='one device: sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
     option('--rollout', type=number(float, 0, 1), default=None, metavar='SHARE', help='one device: share of the steps of the last quarter whose past has wandered off as the model does live (default 0)'),
+    option('--led', type=number(float, 0, 1), default=0., metavar='SHARE', help='one device: share of sequences that look back on the same scene with the head elsewhere or in another mood, drawn besides (page 50; default 0)'),
+    option('--mishear', type=number(float, 0, 1), default=0., metavar='SHARE', help='one device: share of audio tokens that are replaced by one of those most alike (default 0)'),
     option('--own-depth', type=number(int, 1, 16), default=None, metavar='N', help='one device: steps deep that own frames go in the last quarter (default: as the recipe says, 1)'),
     option('--chunks', type=number(int, 1, 4096), default=None, metavar='N', help='one device: sequences of N chunks from beginning to end, as many as hold the same frames (default: 6, later 16)'),
     option('--people', type=number(int, 1), default=160, help='one device: people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='and the identity seed of the first (default 0)'),
@@ -280,7 +282,8 @@ def train_model(a):
     midas = midas.to(device)
     first = a.first + rank()*(TEST_IDENTITIES//world())                                    # every process has people and scenes of its own
     people = probes.People(a.people, probes.mouth_pool(1), first, device, workers=a.workers, bake_on=a.bake_on)
-    pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None)
+    pool = T.draw_pool(scenes.part(rank(), world()), people, midas, say=print if rank() == 0 else None, led=rank() if a.led else None)
+    pool.led, pool.mishear = a.led, a.mishear
     del people
     trainer = T.JointTrainer(midas, pool.activity(), T.Recipe(lr=a.lr or T.Recipe.lr, muon=a.muon, own_depth=a.own_depth or T.Recipe.own_depth, rollout=a.rollout or 0.), fast=device != 'cpu')
     if a.resume: T.load_run(trainer, out/'checkpoint.safetensors')
@@ -297,7 +300,7 @@ def source_of(a, cfg, tc):
 def train_many(a):
     "One process of many."
     from midas_ref.training import scale as S
-    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96), ('--chunks', a.chunks), ('--new-codec', a.new_codec), ('--own-depth', a.own_depth), ('--rollout', a.rollout)):
+    for name, given in (('--lr', a.lr is not None), ('--muon', a.muon), ('--rows', a.rows != 96), ('--chunks', a.chunks), ('--new-codec', a.new_codec), ('--own-depth', a.own_depth), ('--rollout', a.rollout), ('--led', a.led), ('--mishear', a.mishear)):
         if given: raise ValueError(f"{name} is for scenes on one device or a few; for encoded data give settings of page 51 instead, such as --set rows=4 or --set lr=1e-4.")
     tc, first = S.with_settings(S.train_preset(a.preset), a.set), int(os.environ.get('RANK', 0)) == 0
     cfg, make = S.start_model(a.preset, a.backbone, a.start_from, tc.seed, print if first else lambda _: None)

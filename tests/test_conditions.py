@@ -567,6 +567,13 @@ def test_gradients_reach_all_and_dropping_repeats():
     assert torch.equal(y, c(x, generator=torch.Generator().manual_seed(3))) and not torch.equal(y, c(x, generator=torch.Generator().manual_seed(4)))
     assert torch.equal(c.eval()(x), c(x))
 
+def test_sure_rows_are_never_dropped_and_the_others_as_before():
+    c, x, sure = J.midas_conditions(preset('tiny')), dict(pose=torch.randn(400, 60, 64)), torch.arange(400) % 2 == 0
+    missing = lambda **kw: (c(x, generator=torch.Generator().manual_seed(5), **kw)[:, 6] == c.placeholder['pose']).all(-1)
+    assert torch.equal(missing(sure=dict(pose=sure)), missing() & ~sure) and missing()[sure].any()
+    told = c(x, present=dict(pose=torch.zeros(400, dtype=torch.bool)), sure=dict(pose=sure))                         # what is not there cannot be kept
+    assert (told[:, 6:66] == c.placeholder['pose']).all()
+
 def test_presence_reaches_down_to_tokens():
     c = J.midas_conditions(preset('tiny')).eval(); x = {'pose': torch.randn(2, 60, 64)}
     keep = torch.arange(60) < torch.tensor([[40], [0]])

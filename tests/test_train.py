@@ -9,10 +9,11 @@ from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.codec.train import moments
 from midas_ref.conditions.audio import WhisperVQ, save_audio
 from midas_ref.data import probes
+from midas_ref.data.portraits import MOTION
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
 from midas_ref.data.probes import WEIGHTS
-from midas_ref.training.train import READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, generate, lead_astray, like, load_run, new_midas, own_frames, running_median, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import HEADS, MOODY, READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, elsewhere, generate, lead_astray, like, load_run, new_midas, own_frames, running_median, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -93,6 +94,52 @@ def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing):
             at, same = truth[max(0, 6*i - 1)], lambda *names: torch.allclose(r[[MOTION.index(n) for n in names]], at[[MOTION.index(n) for n in names]])
             assert same('yaw', 'pitch', 'roll', 'tx', 'ty', 'tz', 'gaze_x', 'gaze_y') and not r[[MOTION.index(n) for n in ('open', 'jaw', 'blink_l', 'blink_r')]].any()
             assert same('smile', 'squint', 'furrow', 'brow_l', 'brow_r') or i % 2 == 0
+
+def with_past(scenes=3, **shares):
+    "A numbered pool whose second past lies 100,000 higher; in scene 0 the head is elsewhere, in scene 1 the mood, in scene 2 both."
+    p = numbered(scenes)
+    apart = torch.tensor([[True, False], [False, True], [True, True]])
+    place = torch.zeros(scenes, 36, 12, 2)
+    return dataclasses.replace(p, past=p.latents + 100_000, apart=apart, place=place, shown=place[:, :2], **shares)
+
+def test_a_past_that_is_elsewhere_is_led_by_signals_that_stay():
+    "Those who look back on it are told what leads out of it, always; the others look back on the truth."
+    latents, _, signals, _ = with_past(led=.5, places=0.).batch(400, 3, generator=torch.Generator().manual_seed(0))
+    scene, off = (latents[:, 0, 0, 0, 0]//1000).long(), (signals['past'] - latents).flatten(1)
+    led = off[:, 0] == 100_000
+    assert (off == off[:, :1]).all() and (off[~led] == 0).all() and abs(led.float().mean() - .5) < .1
+    assert torch.equal(signals['sure']['pose'], led & (scene != 1)) and torch.equal(signals['sure']['text'], led & (scene != 0))
+    assert torch.equal(torch.isfinite(signals['pose'].moved).flatten(1).all(1), signals['sure']['pose'])           # they know their way, whatever the share of others
+    assert 'past' not in numbered().batch(4, 3)[2]
+
+def test_the_trainer_looks_back_on_it():
+    "The past of the pool is what the model sees, with the truth as its target, and live pasts begin at the truth."
+    p, seen = with_past(led=1.), []
+    t = JointTrainer(Midas(small()), torch.ones(4, 128), Recipe(astray=0., blind=0., own=0.))
+    t.context = lambda latents, *a: seen.append(latents) or JointTrainer.context(t, latents, *a)
+    batch = p.batch(2, 2, generator=torch.Generator().manual_seed(0))
+    t.loss(batch, .1)
+    assert torch.equal(seen[0], batch[2]['past']) and (seen[0] - batch[0] == 100_000).all()
+    assert t.live(batch).shape == batch[0].shape
+
+def test_elsewhere_moves_heads_and_moods_alone():
+    m = torch.rand(60, 18, len(MOTION), generator=torch.Generator().manual_seed(0))*.4
+    other, apart = elsewhere(m, torch.Generator().manual_seed(1))
+    again, _ = elsewhere(m, torch.Generator().manual_seed(1))
+    heads, rest = [MOTION.index(n) for n in HEADS], [i for i, n in enumerate(MOTION) if n not in HEADS and i not in MOODY]
+    assert torch.equal(other, again) and torch.equal(other[..., rest], m[..., rest])
+    assert torch.equal((other != m)[..., heads].flatten(1).any(1), apart[:, 0]) and torch.equal((other != m)[..., MOODY].flatten(1).any(1), apart[:, 1])
+    assert {tuple(a) for a in apart.tolist()} == {(True, False), (False, True), (True, True)} and other.abs().max() <= 1
+    assert (other - m)[..., heads].std(1)[apart[:, 0]].min() > 0                                                     # it sways
+
+def test_misheard_tokens_are_like_their_own():
+    "The share is kept, and what is heard instead is one of the six nearest codes."
+    p = dataclasses.replace(numbered(), mishear=.25)
+    heard = p.batch(64, 6, generator=torch.Generator().manual_seed(0))
+    truth = (heard[0][..., 0, 0, 0]//1000*36 + heard[0][..., 0, 0, 0] % 1000).long()
+    ids = heard[2]['audio'][..., 0].long()                                                                           # the codes of a numbered pool lie on a line
+    assert abs((ids != truth).float().mean() - .25) < .03 and (ids - truth).abs().max() <= 6
+    assert torch.equal(numbered().batch(4, 3, generator=torch.Generator().manual_seed(0))[0], dataclasses.replace(numbered(), mishear=.5).batch(4, 3, generator=torch.Generator().manual_seed(0))[0])
 
 @pytest.mark.parametrize('rows, chunks, frames, per_token, said', [(1, 7, 6, 1, '36 frames'), (1, 40, 1, 1, '36 frames'), (0, 1, 6, 1, '1 or more'), (1, 0, 6, 1, '1 or more'), (1, 1, 0, 1, '1 or more'), (1, 2, 3, 2, 'whole audio tokens')])
 def test_batch_refuses(rows, chunks, frames, per_token, said):

@@ -41,24 +41,25 @@ def scenes(a):
 
 @torch.no_grad()
 def draw(a):
-    "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; a second process may begin at the other end."
+    "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; several processes may share the work."
     source, out = Path(a.scenes), Path(a.out); out.mkdir(parents=True, exist_ok=True)
     midas = T.new_midas('tiny', weights=a.weights).to(a.device)
     people, who, done = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu', freckled=a.freckled), 0, set()
     while not (out/'stop').exists() and len(list(out.glob('*.safetensors'))) < a.most:
-        ready = [p for p in sorted(source.glob('*.safetensors'), reverse=bool(a.backwards)) if p.stem not in done]
+        ready = [p for p in sorted(source.glob('*.safetensors')) if p.stem not in done]
         if not ready: time.sleep(.5); continue
         done.add(ready[0].stem)
-        if (out/ready[0].name).exists(): continue
-        pool = T.draw_pool(T.Scenes.load(ready[0]), people, midas)
+        try: (out/f'{ready[0].stem}.taken').open('x').close()
+        except FileExistsError: continue
+        pool = T.draw_pool(T.Scenes.load(ready[0]), people, midas, led=int(ready[0].stem) if a.led else None)
         save_pool(pool, out/ready[0].name, codes=pool.codes)
         for _ in range(EACH//3): people.replace(who := (who + 1) % EACH)
     print('drawn', len(done), 'files; people up to', people.next, flush=True)
 
 class Grow:
     "A pool that takes in new files as they come."
-    def __init__(self, folder, device, least:int, every:float=10.):
-        self.folder, self.device, self.every, self.names, self.pool = Path(folder), device, every, [], None
+    def __init__(self, folder, device, least:int, every:float=10., **shares):
+        self.folder, self.device, self.every, self.shares, self.names, self.pool = Path(folder), device, every, shares, [], None
         while len(list(self.folder.glob('*.safetensors'))) < least: time.sleep(1)
         self.look()
 
@@ -71,7 +72,7 @@ class Grow:
         parts = [{k: v.to(self.device, exact.get(k, v.dtype)) for k, v in read_safetensors(p).items()} for p in new]
         old = [] if self.pool is None else [vars(self.pool)]
         both = {k: parts[0][k] if k == 'codes' else torch.cat([d[k] for d in (*old, *parts)]) for k in parts[0]}
-        self.pool = T.Pool(**both, codec_hash=''); self.names += [p.name for p in new]
+        self.pool = T.Pool(**both, codec_hash='', **self.shares); self.names += [p.name for p in new]
 
     def __getattr__(self, name): return getattr(self.pool, name)
     def batch(self, *args):
@@ -83,7 +84,7 @@ def joint(a):
     torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.cache_size_limit = False, 64           # two lengths of sequences: compiled once each
     born, device, out = time.time(), join_ranks(a.device), Path(a.out)
     midas = T.new_midas('tiny', a.start_from, weights=a.weights, anew=bool(a.start_from)).to(device)
-    pool = Grow(a.pool, device, a.least)
+    pool = Grow(a.pool, device, a.least, led=a.led, mishear=a.mishear)
     recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, own_steps=a.own_steps, t_kind=a.times, astray=a.astray, blind=.12, reader=(.3, .15), short=a.short, rollout=a.rollout, renew=a.renew)
     trainer, plan, lead = T.JointTrainer(midas, pool.activity(), recipe, fast=device != 'cpu'), T.Plan((a.rows, 16), (a.rows, 16), starts=.3), rank() == 0
     if a.resume: T.load_run(trainer, a.resume)
@@ -112,8 +113,8 @@ def main():
         q = kinds.add_parser(f.__name__, help=f.__doc__); q.set_defaults(run=f); q.add_argument('--weights', default=str(WEIGHTS), help='folder of codec/ and audio.safetensors')
         for name, default in options: q.add_argument(name, **({} if default is None else dict(default=default, type=type(default))))
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
-    kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--backwards', 0), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3))
-    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--least', 12), ('--resume', ''))
+    kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3), ('--led', 0))
+    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--led', .3), ('--mishear', 0.), ('--least', 12), ('--resume', ''))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)
 

@@ -52,6 +52,7 @@ class Conditions(nn.Module):
         present:dict|None=None,  # name -> bool (b,), (b, ...) or (b, ..., n): where the signal is given; default everywhere
         lead:tuple|None=None,  # leading shape (b, ...), needed only when no signal is given
         generator:torch.Generator|None=None,  # of the dropping in training
+        sure:dict|None=None,   # name -> bool (b,): rows that training does not leave out
     )->Tensor:                 # (b, ..., total count, width)
         "Project, put placeholders, lay out."
         given = {k: v for k, v in signals.items() if v is not None}
@@ -67,7 +68,10 @@ class Conditions(nn.Module):
             if tuple(x.shape) != want: raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: {want}.")
             y, keep = self.project[name](x.to(blank.dtype)), torch.ones(1, dtype=torch.bool, device=x.device)
             if present and name in present: keep = present[name].to(x.device)
-            if self.training and self.drops[name]: keep = fit(keep, len(lead) + 1) & (torch.rand(lead[0], generator=generator) >= self.drops[name]).to(x.device).view(-1, *[1]*len(lead))
+            if self.training and self.drops[name]:
+                stays = (torch.rand(lead[0], generator=generator) >= self.drops[name]).to(x.device)
+                if sure and name in sure: stays = stays | sure[name].to(x.device)
+                keep = fit(keep, len(lead) + 1) & stays.view(-1, *[1]*len(lead))
             out.append(torch.where(fit(keep, len(lead) + 1)[..., None], y, blank))
         return torch.cat(out, -2)
 

@@ -136,7 +136,7 @@ class Parts(nn.Module):
         return self.head.facing(rearrange(reference, 'b c h w -> b (h w) c').repeat_interleave(frames, 0))
 
     def embed_conditions(self,
-        signals:dict,         # 'audio': code vectors (b, k*a, f); 'pose': `Motion` of k*f frames; 'text': ids (b, k, l) or features (b, k, n, f); any may be missing
+        signals:dict,         # 'audio': code vectors (b, k*a, f); 'pose': `Motion` of k*f frames; 'text': ids (b, k, l) or features (b, k, n, f); any may be missing; 'sure': see `Conditions`
         lead:tuple,           # (b, k): rows and chunks
         generator=None,       # of the dropping in training
     )->Tensor:                # (b, k, m, d)
@@ -149,7 +149,7 @@ class Parts(nn.Module):
         if (t := signals.get('text')) is not None:
             feats['text'] = rearrange(self.text(t.flatten(0, 1)), '(b k) n f -> b k n f', k=k) if t.ndim == 3 else t
             present['text'] = (t > 1).any(-1) if t.ndim == 3 else t.ne(0).flatten(2).any(-1)                       # a caption of no words has no features
-        return self.conditions(feats, present, lead, generator)
+        return self.conditions(feats, present, lead, generator, signals.get('sure'))
 
 # %% ../../nbs/model/46_midas.ipynb #19d463ae
 class TeacherForcing(Parts):
