@@ -1079,6 +1079,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'midas_ref/evaluation/quality.py'),
                                               'midas_ref.evaluation.quality.Case.draw': ( 'evaluation/quality.html#case.draw',
                                                                                           'midas_ref/evaluation/quality.py'),
+                                              'midas_ref.evaluation.quality.Case.driven': ( 'evaluation/quality.html#case.driven',
+                                                                                            'midas_ref/evaluation/quality.py'),
                                               'midas_ref.evaluation.quality.Case.film': ( 'evaluation/quality.html#case.film',
                                                                                           'midas_ref/evaluation/quality.py'),
                                               'midas_ref.evaluation.quality.Case.samples': ( 'evaluation/quality.html#case.samples',

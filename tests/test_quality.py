@@ -133,8 +133,9 @@ def test_case_gives_what_the_training_gives(case):
     film = case.film
     assert np.array_equal(film[5], np.moveaxis(to_uint8(pose(case.layers, m[None, 5:6])[0, 0]).numpy(), 0, -1))
     assert min(np.abs(film.astype(int) - Q.shown(case.portrait)).mean((1, 2, 3))) > 1
-    near = Q.make_case(s, views=(3, 1), first=True)
+    near = case.driven
     assert np.abs(film[0].astype(int) - Q.shown(near.portrait)).mean() < .5                        # lips aside, the first frame
+    assert torch.equal(near.velocity, case.velocity) and torch.equal(near.motion, case.motion)
     with pytest.raises(ValueError, match='whole chunks of 0.48 s'): Q.make_case(write_script(1, 2., 'test', 'idle'))
 
 def test_bad_actors_do_what_they_say(case):
@@ -200,9 +201,9 @@ def test_exam_to_table_and_json(case, monkeypatch):
     told, scripts = [], [('talk', lambda: case.script), ('unheard', lambda: case.script)]
     opening = case.motion[:, 1].numpy()
     good = Q.Performer('good', lambda c, t: paint(opening - .5))
-    deaf = Q.Performer('deaf', lambda c, t: (told.append(t), paint(np.random.default_rng(0).random(24) - .5))[1], True)
+    deaf = Q.Performer('deaf', lambda c, t: (told.append((t, c.portrait is case.driven.portrait)), paint(np.random.default_rng(0).random(24) - .5))[1], True)
     results, stills = Q.quality([good, deaf], scripts, Reader().eval(), keep=(0, 9))
-    assert told == [(), ('pose',), ('text',), ()] and set(stills['deaf']) == {0, 9}
+    assert told == [((), False), (('pose',), True), (('text',), False), ((), False)] and set(stills['deaf']) == {0, 9}                   # who is driven begins where the scene begins
     assert results['good']['own'] > .99 and results['good']['unheard'] > .99 and abs(results['deaf']['own']) < .6 and results['deaf']['pose_cost'] == 0 and math.isnan(results['good']['pose_cost'])
     table = Q.quality_table(results).splitlines()
     row = next(line for line in table if line.startswith('opening r, own sound'))

@@ -181,20 +181,23 @@ class Case:
     @cached_property
     def film(self): return np.stack(list(self.draw()))   # the truth, uint8 (t, h, w, 3)
 
+    @cached_property
+    def driven(self):
+        "The same scene with a portrait that looks where it begins."
+        shown = torch.cat([reference_motion(self.script.seed)[0, 0, :len(MOUTH)].to(self.motion), self.motion[0, len(MOUTH):]])
+        return replace(self, portrait=pose(self.layers, shown[None, None])[0, 0].clamp(-1, 1))
+
 def make_case(
     script:Script,       # a scene of whole chunks
     device='cpu',        # where to draw
     views=(7, 5),        # see `bake`
-    first:bool=False,    # let the portrait look where the scene begins
 )->Case:
     "A scene with all that follows from it."
     if abs(script.seconds/.48 - round(script.seconds/.48)) > 1e-6: raise ValueError(f"The scene lasts {script.seconds:g} s; accepted: whole chunks of 0.48 s, such as 9.6.")
     times = frame_times(script.seconds, FPS)
     m = torch.from_numpy(motion(script, np.r_[times[0] - 1/FPS, times])).to(device)             # one instant more, for the first velocity
     layers = bake([script.identity], 256, device, views)
-    shown = reference_motion(script.seed)[0, 0].to(device)
-    if first: shown[len(MOUTH):] = m[1, len(MOUTH):]
-    portrait = pose(layers, shown[None, None])[0, 0].clamp(-1, 1)
+    portrait = pose(layers, reference_motion(script.seed).to(device))[0, 0].clamp(-1, 1)
     points = in_heights(keypoints(layers, m[None])[:, :, :12], 256, 256)
     return Case(script, layers, m[1:], portrait, JointVelocity(12, fps=FPS)(points).velocity[0, 1:].cpu(), captions(script))
 
@@ -470,13 +473,14 @@ def quality(
         for p in performers:
             if group == 'reading' and not p.steered: continue                       # no truth to play
             for told in ((), ('pose',), ('text',)) if group == 'talk' and p.steered else ((),):
-                take = watch(case, p.play(case, told), probe, () if stills.get(p.name) else keep)
+                given = case.driven if 'pose' in told else case                  # a portrait from which the movements can be made
+                take = watch(given, p.play(given, told), probe, () if stills.get(p.name) else keep)
                 stills.setdefault(p.name, take.kept)
                 takes[p.name].setdefault((group, told), []).append(replace(take, kept={}))
         if say: say(f'{group}: {case.script.lang or "?"}, {case.script.seconds:.2f} s')
     out = {name: score(groups) for name, groups in takes.items()}
     if long:
-        case = make_case(write_script(29_999, long, 'test', 'talk'), device, views, first=True)
+        case = make_case(write_script(29_999, long, 'test', 'talk'), device, views).driven
         n, face = len(case.motion), torch.from_numpy(judge(case.portrait[None], probe)['identity'].cpu().numpy())[0]
         edge = min(125, n//4)
         for p in performers:
