@@ -15,6 +15,8 @@ from midas_ref.conditions.pose import JointVelocity, in_heights
 from midas_ref.config import MEMORY_LEVEL, preset, to_dict
 from midas_ref.evaluation import ablations as A
 from midas_ref.evaluation import quality as Q
+from midas_ref.data.probes import WEIGHTS
+from midas_ref.model.midas import Midas
 from midas_ref.training import scale
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +179,20 @@ def test_session_is_told_in_time(case, monkeypatch, frames):
     assert [x[1]['text'] for x in steps[::2]] == [w for w in case.words for _ in range(6//frames)]
     list(p.play(case, ()))
     assert not [x for x in Stub.log if x[0] == 'steer']
+
+def test_rows_of_a_batch_are_what_sessions_draw():
+    "Scenes of two lengths, told different things, in one call: the frames of single sessions, up to rounding."
+    if not (WEIGHTS/'midas'/'model.safetensors').is_file(): pytest.skip('no bundled model')
+    midas = Midas.from_pretrained('tiny')
+    a, b, c = (Q.make_case(write_script(s, t, 'test', 'talk'), views=(3, 1)) for s, t in ((5, .96), (6, 1.44), (7, .96)))
+    jobs = [(a, ('pose',)), (b, ()), (c, ('text',)), (c, ())]
+    p = Q.by_session(midas, seed=3, level=6)
+    rows = dict(p.together(jobs))
+    assert sorted(rows) == [0, 1, 2, 3] and [len(rows[i]) for i in range(4)] == [12, 18, 12, 12]
+    for i, job in enumerate(jobs):
+        alone = np.stack(list(p.play(*job))).astype(int)
+        assert np.abs(rows[i] - alone).max() <= 3 and np.abs(rows[i] - alone).mean() < .02
+    assert np.abs(rows[2].astype(int) - rows[3]).max() > 8                                          # words are heard
 
 def test_long_run_sees_what_was_lost(case):
     "Grey noise over the last frames costs decibels; eyes that are shut are not compared."

@@ -4,19 +4,21 @@
 __all__ = ['FPS', 'CHUNK_FRAMES', 'STILL', 'LEVEL', 'SLACK', 'RATE_FRAMES', 'ANGLE_SECONDS', 'BASELINES', 'BOUNDS', 'sync',
            'mean', 'correlation', 'centred', 'by_place', 'sounds', 'closing', 'far_from_speech', 'turned', 'moods_read',
            'blinks', 'pulse', 'auc', 'Case', 'make_case', 'Performer', 'shown', 'smoothed', 'halting', 'late',
-           'borrowed', 'through_codec', 'by_session', 'Take', 'watch', 'lips', 'control', 'pulses', 'recorded_script',
-           'recordings', 'real_voices', 'endure', 'score', 'exam_scripts', 'quality', 'quality_table', 'quality_json',
-           'contact_sheet']
+           'borrowed', 'through_codec', 'side_by_side', 'in_rows', 'by_session', 'Take', 'watch', 'lips', 'control',
+           'pulses', 'recorded_script', 'recordings', 'real_voices', 'endure', 'score', 'exam_scripts', 'quality',
+           'quality_table', 'quality_json', 'contact_sheet']
 
 # %% ../../nbs/evaluation/70_quality.ipynb #ae9953a4
 import json, math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
 from einops import rearrange
+from ..config import MEMORY_HOLD, MEMORY_LEVEL
 from ..metrics import lagged_correlation, pearson, psnr
 from ..data.portraits import MOTION, bake, keypoints, pose, regions
 from ..data.speech import HELD_OUT_LANGUAGES, MOUTH, Speech, segments, viseme
@@ -24,8 +26,8 @@ from ..data.clips import Script, captions, fit, frame_times, motion, reference_m
 from ..data.probes import MOOD_NAMES, identity_distance, judge, load_probe
 from ..codec.stream import decode_frame, encode_frame
 from ..conditions.audio import align, closures, grid_text, load_audio
-from ..conditions.pose import JointVelocity, in_heights
-from ..inference.session import Session
+from ..conditions.pose import JointVelocity, Motion, in_heights
+from ..inference.session import Session, Wishes, draw_chunk, open_streams, picture, to_bytes
 
 # %% ../../nbs/evaluation/70_quality.ipynb #a71b5566
 FPS, CHUNK_FRAMES = 12.5, 6   # of everything that is judged here; frames of a chunk at 12.5 per second
@@ -208,6 +210,7 @@ class Performer:
     name:str             # for tables
     play:object          # function of a `Case` and a tuple of 'pose', 'text' -> frames, uint8 (h, w, 3), one by one
     steered:bool=False   # whether it listens; others play the same whatever they are told
+    together:object=None  # function of a list of (case, told) -> (number, frames of that one), in any order, where that is faster than one by one
 
 def shown(x:Tensor)->np.ndarray:   # uint8 (h, w, 3)
     "A picture (3, h, w) in [-1, 1] as bytes."
@@ -257,12 +260,56 @@ def through_codec(
             yield shown(decode_frame(codec, z, outs, check=False)[0])
     return Performer(name, play)
 
+# %% ../../nbs/evaluation/70_quality.ipynb #e9a13960
+def side_by_side(
+    signals:list,   # of one chunk of each stream, see `Wishes.signals`
+    midas,          # a `Midas`
+)->dict:            # the same of a batch
+    "Signals of several streams as those of one batch; who is told nothing has placeholders."
+    f, shape, dev, out = midas.layout.frames, midas.pose.shape, midas.sigmas.device, {}
+    nothing = Motion(torch.zeros(1, f, *shape, device=dev), torch.zeros(1, f, shape[0], dtype=torch.bool, device=dev), torch.full((1, f, *shape), torch.nan, device=dev))
+    if any('pose' in s for s in signals): out['pose'] = Motion(*(torch.cat(v) for v in zip(*(s.get('pose', nothing) for s in signals))))
+    if words := [s['text'] for s in signals if 'text' in s]: out['text'] = torch.cat([s.get('text', torch.zeros_like(words[0])) for s in signals])
+    return out
+
+@torch.no_grad()
+def in_rows(
+    midas,                   # a `Midas` in eval mode
+    jobs:list,               # of (`Case`, what is told)
+    seed:int=0,              # of the noise of every row, as for a `Session`
+    level:int=MEMORY_LEVEL,  # noise level of the past
+    steps:int|None=None,     # denoising steps
+    frames:int|None=None,    # of a chunk
+    hold:float|None=None,    # see `Session`
+    most:int=32,             # rows at once
+):                           # yields (number of the job, uint8 (t, h, w, 3)), in any order
+    "Streams of many scenes as rows of one batch."
+    midas = midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames)
+    if hold is None: hold = MEMORY_HOLD if midas.looks is not None else 0.
+    n, length = midas.cfg.chunk_samples, lambda i: len(jobs[i][0].samples)
+    for _, same in groupby(sorted(range(len(jobs)), key=length), length):
+        same = list(same)
+        for rows in (same[k:k+most] for k in range(0, len(same), most)):
+            cases, wishes, films = [jobs[i][0] for i in rows], [Wishes(midas, level) for _ in rows], [[] for _ in rows]
+            reference = torch.cat([midas.codec.encode(picture(c.portrait, midas.cfg.video).to(midas.codec.mean)[None, None])[:, 0] for c in cases])
+            streams, told = open_streams(midas, len(rows), [seed]*len(rows)), [jobs[i][1] for i in rows]
+            for w, c, t in zip(wishes, cases, told):
+                if 'pose' in t: w.steer(pose=c.velocity)
+            for k in range(0, length(rows[0]), n):
+                for w, c, t in zip(wishes, cases, told):
+                    if 'text' in t: w.steer(text=c.words[min(k//7680, len(c.words) - 1)])
+                heard = np.stack([np.pad(part := np.asarray(c.samples[k:k+n], np.float32), (0, n - len(part))) for c in cases])
+                for x in draw_chunk(midas, streams, torch.from_numpy(heard).to(reference.device), reference, side_by_side([w.signals() for w in wishes], midas), level, steps, hold=hold):
+                    for film, y in zip(films, x): film.append(to_bytes(y))
+            yield from ((i, np.stack(film)[:len(c.motion)]) for i, film, c in zip(rows, films, cases))
+
+# %% ../../nbs/evaluation/70_quality.ipynb #d2ccbae8
 def by_session(
     midas,                   # a `Midas` in eval mode
     name:str='model',        # for tables
-    **settings,              # of `Session`: seed, level, steps, frames
+    **settings,              # of `Session`: seed, level, steps, frames, hold
 )->Performer:
-    "A model, streamed: chunk by chunk, as a viewer would get it."
+    "A model, streamed: chunk by chunk, as a viewer would get it; many scenes as rows of one batch."
     def play(case, told):
         session = Session(midas, case.portrait, **settings)
         n = session.midas.cfg.chunk_samples
@@ -271,7 +318,7 @@ def by_session(
             if 'text' in told: session.steer(text=case.words[min(k//7680, len(case.words) - 1)])
             yield from session.stream(case.samples[k:k+n])
         yield from session.finish()
-    return Performer(name, play, True)
+    return Performer(name, play, True, partial(in_rows, midas, **settings))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #d69efe51
 @dataclass
@@ -467,24 +514,33 @@ def quality(
     say=None,              # called with a line now and then
 )->tuple:                  # name -> measures; name -> kept frames
     "Let everybody play everything, and judge."
-    probe, takes, stills = probe or load_probe('b', device=device), {p.name: {} for p in performers}, {}
+    probe, takes, stills, later = probe or load_probe('b', device=device), {p.name: {} for p in performers}, {}, {p.name: [] for p in performers}
+    def note(p, group, told, case, frames):
+        take = watch(case, frames, probe, () if stills.get(p.name) else keep)
+        stills.setdefault(p.name, take.kept)
+        takes[p.name].setdefault((group, told), []).append(replace(take, kept={}))
     for group, script in scripts:
         case = make_case(script(), device, views)
         for p in performers:
             if group == 'reading' and not p.steered: continue                       # no truth to play
             for told in ((), ('pose',), ('text',)) if group == 'talk' and p.steered else ((),):
                 given = case.driven if 'pose' in told else case                  # a portrait from which the movements can be made
-                take = watch(given, p.play(given, told), probe, () if stills.get(p.name) else keep)
-                stills.setdefault(p.name, take.kept)
-                takes[p.name].setdefault((group, told), []).append(replace(take, kept={}))
+                if p.together: later[p.name].append((group, told, given))
+                else: note(p, group, told, given, p.play(given, told))
         if say: say(f'{group}: {case.script.lang or "?"}, {case.script.seconds:.2f} s')
+    for p in performers:
+        if not (jobs := later[p.name]): continue
+        for i, frames in sorted(p.together([(case, told) for _, told, case in jobs]), key=lambda x: x[0]): note(p, *jobs[i], frames)
+        if say: say(f'{p.name}: {len(jobs)} scenes')
     out = {name: score(groups) for name, groups in takes.items()}
     if long:
         case = make_case(write_script(29_999, long, 'test', 'talk'), device, views).driven
         n, face = len(case.motion), torch.from_numpy(judge(case.portrait[None], probe)['identity'].cpu().numpy())[0]
         edge = min(125, n//4)
         for p in performers:
-            runs = [watch(case, p.play(case, told), probe, [*range(0, edge, 5), *range(n - edge, n, 5)]) for told in (((), ('pose', 'text')) if p.steered else ((),))]
+            jobs = [(case, told) for told in (((), ('pose', 'text')) if p.steered else ((),))]
+            films = dict(p.together(jobs)) if p.together else dict(enumerate(p.play(*job) for job in jobs))
+            runs = [watch(case, films[i], probe, [*range(0, edge, 5), *range(n - edge, n, 5)]) for i in range(len(jobs))]
             out[p.name] |= endure(runs[0], runs[-1], case, face)
             if say: say(f'{p.name}: {n/FPS:.0f} s')
         for d in out.values(): d['energy'] = d['energy_last']/out[performers[0].name]['energy_last']
