@@ -44,17 +44,16 @@ def draw(a):
     "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; several processes may share the work."
     source, out = Path(a.scenes), Path(a.out); out.mkdir(parents=True, exist_ok=True)
     midas = T.new_midas('tiny', weights=a.weights).to(a.device)
-    people, who, done = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu', freckled=a.freckled), 0, set()
+    people, who, drawn = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu', freckled=a.freckled), 0, 0
     while not (out/'stop').exists() and len(list(out.glob('*.safetensors'))) < a.most:
-        ready = [p for p in sorted(source.glob('*.safetensors')) if p.stem not in done]
+        ready = [p for p in sorted(source.glob('*.safetensors')) if not (out/f'{p.stem}.taken').exists()]
         if not ready: time.sleep(.5); continue
-        done.add(ready[0].stem)
-        try: (out/f'{ready[0].stem}.taken').open('x').close()
+        try: (out/f'{ready[0].stem}.taken').open('x').close()                        # mine; two may have seen it free
         except FileExistsError: continue
         pool = T.draw_pool(T.Scenes.load(ready[0]), people, midas, led=int(ready[0].stem) if a.led else None)
-        save_pool(pool, out/ready[0].name, codes=pool.codes)
+        save_pool(pool, out/ready[0].name, codes=pool.codes); drawn += 1
         for _ in range(EACH//3): people.replace(who := (who + 1) % EACH)
-    print('drawn', len(done), 'files; people up to', people.next, flush=True)
+    print('drawn', drawn, 'files; people up to', people.next, flush=True)
 
 class Grow:
     "A pool that takes in new files as they come."

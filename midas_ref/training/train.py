@@ -185,7 +185,7 @@ class Pool:
     def near(self): return torch.cdist(self.codes, self.codes).topk(7, largest=False).indices[:, 1:]   # of each code the six that are most alike, (codes, 6)
 
 # %% ../../nbs/training/50_train.ipynb #01b9750e
-HEADS = dict(yaw=.07, pitch=.04, roll=.03, tx=.02, ty=.02, tz=.02)   # how far a head may be elsewhere: radians, and picture heights
+HEADS = dict(yaw=.07, pitch=.04, roll=.03, tx=.02, ty=.02, tz=.02)   # how far a head may be elsewhere: radians, and the renderer's units (0.8 of a picture height)
 MOODY = [i for i, n in enumerate(MOTION) if n in ('squint', 'brow_l', 'brow_r', 'furrow', 'smile', 'cheek', 'nose_wrinkle')]
 
 def elsewhere(
@@ -245,7 +245,7 @@ def draw_pool(
         v = JointVelocity(12, fps=scenes.fps)(place)
         moves.append(v.velocity); seen.append(v.known); places.append(place); shows.append(show)
         if g:
-            other, apart = elsewhere(scenes.motion[k:k+together].float()/STEPS, g)
+            other, apart = elsewhere(m.cpu(), g)
             x = torch.cat([people.draw(who, part) for part in other.to(dev).split(frames, 1)], 1).to(codec.mean.dtype)
             with half: pasts.append(codec.encode(x, check=False).half())
             aparts.append(apart.to(dev))
