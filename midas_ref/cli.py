@@ -5,8 +5,9 @@ __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'DEVICE', 'WEIG
            'SETTINGS', 'Command', 'option', 'command', 'number', 'frame_size', 'Synthetic', 'data_make', 'data_pack',
            'device_of', 'train_probe', 'train_codec', 'data_scenes', 'train_model', 'source_of', 'train_many',
            'train_export', 'data_encode', 'bench_train', 'train_ablation', 'bench_reconstruction', 'bench_quality',
-           'bench_probe', 'bench_codec', 'animate_command', 'bench_stream', 'train_audio_command', 'train_looks',
-           'bench_draw', 'bench_audio', 'data_show', 'app_folder', 'app_settings', 'app_command', 'bench_app', 'main']
+           'bench_probe', 'bench_codec', 'animate_command', 'bench_stream', 'train_audio_command', 'drawn_for',
+           'train_looks', 'train_locator', 'bench_draw', 'bench_audio', 'data_show', 'app_folder', 'app_settings',
+           'app_command', 'bench_app', 'main']
 
 # %% ../nbs/90_cli.ipynb #9f660fda
 import argparse, importlib, importlib.util, json, math, os, sys
@@ -413,7 +414,7 @@ def bench_reconstruction(a):
     option('--clips', type=number(int, 1), default=4, help='held-out talking scenes (default 4); 3 more for each 8 of them, or fewer, are in languages never heard'),
     option('--seconds', type=number(float, 1.92, 600), default=4.8, help='length of each, whole chunks of 0.48 s (default 4.8)'), option('--long', type=number(float, 0, 3600), default=0., metavar='SECONDS', help='length of the long run (default 0: none)'),
     option('--real', metavar='FOLDER', default=os.environ.get('MIDAS_REAL'), help='recordings of the GRID corpus (default: the variable MIDAS_REAL)'), option('--no-baselines', dest='baselines', action='store_false', help='only the truth, the codec and the models'),
-    option('--level', type=number(int, 0), default=8, help='noise level of the past (default 8)'), option('--hold', type=number(float, 0, 1), metavar='SHARE', help='how firmly what is remembered keeps the looks of the portrait (page 60; default: as usual)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
+    option('--level', type=number(int, 0), default=8, help='noise level of the past (default 8)'), option('--hold', type=number(float, 0, 1), metavar='SHARE', help='how firmly what is remembered keeps the looks of the portrait (page 60; default: as usual)'), option('--right', type=number(float, 0, 1), metavar='SHARE', help='share of what a head is beside its way that the next chunk is told to make good (page 60; default: as usual, if the weights can see where a head is)'), option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
     option('--sheet', metavar='PNG', help='write a contact sheet'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)
 def bench_quality(a):
     "Let everybody play, and judge."
@@ -429,7 +430,7 @@ def bench_quality(a):
     if not names: print(f"midas-ref: no bundled model at {WEIGHTS/'midas'} yet; what follows are the truth, the codec and the baselines.", file=sys.stderr)
     models = [Midas.from_pretrained(n).to(device) for n in names]
     codec = models[0].codec if models else load_video_dcae(CODEC).to(device)
-    cast = [Q.BASELINES[0], Q.through_codec(codec), *(Q.by_session(m, n, level=a.level, steps=a.steps, frames=a.frames, hold=a.hold) for n, m in zip(names, models)), *(Q.BASELINES[1:] if a.baselines else ())]
+    cast = [Q.BASELINES[0], Q.through_codec(codec), *(Q.by_session(m, n, level=a.level, steps=a.steps, frames=a.frames, hold=a.hold, right=a.right) for n, m in zip(names, models)), *(Q.BASELINES[1:] if a.baselines else ())]
     keep = range(0, round(a.seconds*Q.FPS), max(1, round(a.seconds*Q.FPS/8))) if a.sheet else ()
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if a.progress else None
     results, stills = Q.quality(cast, Q.exam_scripts(a.clips, a.seconds, real=a.real), None, device, a.long, keep=keep, say=say)
@@ -437,7 +438,7 @@ def bench_quality(a):
         from PIL import Image
         Image.fromarray(Q.contact_sheet(stills)).save(a.sheet)
         print(f"{a.sheet}: {', '.join(stills)}, from top to bottom", file=sys.stderr)
-    print(Q.quality_json(results, clips=a.clips, seconds=a.seconds, long=a.long, real=bool(a.real), level=a.level, hold=a.hold, steps=a.steps, frames=a.frames, device=device) if a.json else Q.quality_table(results))
+    print(Q.quality_json(results, clips=a.clips, seconds=a.seconds, long=a.long, real=bool(a.real), level=a.level, hold=a.hold, right=a.right, steps=a.steps, frames=a.frames, device=device) if a.json else Q.quality_table(results))
 
 # %% ../nbs/90_cli.ipynb #fe8fcfa4
 @command('bench probe', 'grade a probe on drawn people it has never seen (page 14)', 'midas-ref bench probe b --clips 32\nmidas-ref bench probe a --weights runs/probe/probe_a.safetensors --json',
@@ -489,6 +490,7 @@ CHUNK = (option('--frames', type=number(int, 1, 48), metavar='N', help='frames o
     option('--pose', metavar='FILE', help='.csv or .npz with tracked points in picture heights, or .npy with velocities (t, 12, 2)'),
     option('--seed', type=number(int, 0, 2**63 - 1), default=0, help='of the noise: the same seed gives the same video (default 0)'), WEIGHTS_OPTION, *PLACE, *CHUNK,
     option('--hold', type=number(float, 0, 1), metavar='SHARE', help='how firmly what is remembered keeps the looks of the portrait (page 60; default: as usual, if the weights can tell looks from movement)'),
+    option('--right', type=number(float, 0, 1), metavar='SHARE', help='share of what a head is beside its way that the next chunk is told to make good (page 60; default: as usual, if the weights can see where a head is)'),
     option('--silent', action='store_true', help='accept a recording without sound: the person listens'),
     option('--no-mark', dest='mark', action='store_false', help='leave out the visible word SYNTHETIC; the metadata say it in any case'))
 def animate_command(a):
@@ -504,7 +506,7 @@ def animate_command(a):
     face = load_portrait(a.portrait, (midas.cfg.video.height, midas.cfg.video.width))
     if face.note: warn(f'{a.portrait}: {face.note}')
     if A.drawn(midas, face) is False: warn(f'{a.portrait} looks like a photograph; these weights have only seen drawn people, so the video will show somebody else.')
-    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast, hold=a.hold)
+    session = A.Session(midas, face, a.seed, a.frames, a.level, overlap=a.overlap, fast=a.fast, hold=a.hold, right=a.right)
     voice = A.load_voice(a.audio, session.midas.cfg.chunk_seconds, a.silent)
     session.steer(a.text, None if a.pose is None else A.read_pose(a.pose, midas.cfg.video.fps, midas.pose.shape), expression=a.expression)
     run = A.animate(session, voice, a.out, a.mark, a.progress)
@@ -546,6 +548,17 @@ def train_audio_command(a):
     train_audio_files(a.out, a.hours, a.minutes, a.workers, join_ranks(device_of(a.device)), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress, start_from=a.start_from)
 
 # %% ../nbs/90_cli.ipynb #70c4911a
+def drawn_for(a):   # folder, model on its device, a function for lines of progress
+    "The model for which people are to be drawn."
+    from midas_ref.data.clips import TEST_IDENTITIES
+    from midas_ref.model.midas import Midas, load_midas, midas_folder
+    if not Path(a.folder).is_dir(): raise FileNotFoundError(f"{a.folder} is no folder; give that of a model, such as data_samples/weights/midas.")
+    if a.first + a.people > TEST_IDENTITIES: raise ValueError(f"--first {a.first} with --people {a.people} takes in people of the test side; accepted: up to {TEST_IDENTITIES} together.")
+    folder, device = midas_folder(Path(a.folder).resolve()), device_of(a.device)
+    midas = load_midas(folder, Midas, looks=False).to(device)                       # a file that does not fit is what these commands repair
+    if (midas.cfg.video.height, midas.cfg.video.width) != (256, 256): raise ValueError(f"{a.folder} draws {midas.cfg.video.height}x{midas.cfg.video.width}; drawn people come in 256x256.")
+    return folder, midas, (lambda line: print(line, file=sys.stderr, flush=True)) if a.progress else None
+
 @command('train looks', 'measure what of a latent is looks and what is movement, so that streams keep the looks of their portrait (page 60)', 'midas-ref train looks runs/1/midas\nmidas-ref train looks data_samples/weights/midas --people 160',
     option('folder', metavar='FOLDER', help='a model with its codec; looks.safetensors is written into it'),
     option('--people', type=number(int, 2), default=160, help='people to draw (default 160: with fewer than directions of a latent, 128, they do not span them)'), option('--frames', type=number(int, 1, 80), default=24, help='frames of each (default 24)'),
@@ -554,18 +567,27 @@ def train_audio_command(a):
 def train_looks(a):
     "Draw, fit, write."
     from midas_ref.inference import session as S
-    from midas_ref.data.clips import TEST_IDENTITIES
-    from midas_ref.model.midas import Midas, load_midas, midas_folder, save_looks
-    if not Path(a.folder).is_dir(): raise FileNotFoundError(f"{a.folder} is no folder; give that of a model, such as data_samples/weights/midas.")
-    if a.first + a.people > TEST_IDENTITIES: raise ValueError(f"--first {a.first} with --people {a.people} takes in people of the test side; accepted: up to {TEST_IDENTITIES} together.")
-    folder, device = midas_folder(Path(a.folder).resolve()), device_of(a.device)
-    midas = load_midas(folder, Midas, looks=False).to(device)                       # a file that does not fit is what this command repairs
-    if (midas.cfg.video.height, midas.cfg.video.width) != (256, 256): raise ValueError(f"{a.folder} draws {midas.cfg.video.height}x{midas.cfg.video.width}; drawn people come in 256x256.")
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if a.progress else None
-    latents = S.draw_looks(midas.codec, a.people, a.frames, a.first, a.scenes, say)
+    from midas_ref.model.midas import save_looks
+    folder, midas, say = drawn_for(a)
+    latents = S.draw_looks(midas.codec, people=a.people, frames=a.frames, first=a.first, scenes=a.scenes, say=say)
     looks = S.fit_looks(latents, a.drift)
     save_looks(folder, looks, midas.codec_hash)
     print(f'{folder/"looks.safetensors"}: {a.people} people, {a.people*a.frames} frames; share of their own differences that is taken for looks: ' + ', '.join(f'{k} {v:.3f}' for k, v in S.shares(latents, looks).items()))
+
+@command('train locator', 'fit what sees where the head of a picture is, so that streams go where they are sent (page 60)', 'midas-ref train locator runs/1/midas\nmidas-ref train locator data_samples/weights/midas --people 160',
+    option('folder', metavar='FOLDER', help='a model with its codec; locator.safetensors is written into it'),
+    option('--people', type=number(int, 2), default=160, help='people to draw (default 160)'), option('--frames', type=number(int, 1, 80), default=24, help='frames of each (default 24)'),
+    option('--first', type=number(int, 0, 1 << 20), default=720_000, help='identity seed of the first (default 720000)'), option('--scenes', type=number(int, 1), default=60, help='spoken scenes from which movement is taken (default 60)'),
+    option('--probe', metavar='FILE', help='of probe A (default: that of this checkout)'), DEVICE)
+def train_locator(a):
+    "Draw, decode, fit, write; the last tenth of the people say how well."
+    from midas_ref.data.probes import load_probe, save_locator
+    from midas_ref.inference.session import fit_locator
+    folder, midas, say = drawn_for(a)
+    locator, off = fit_locator(midas.codec, load_probe('a', a.probe, midas.sigmas.device), people=a.people, frames=a.frames, first=a.first, scenes=a.scenes, say=say)
+    save_locator(locator, folder/'locator.safetensors')
+    print(f'{folder/"locator.safetensors"}: {a.people} people, {a.people*a.frames} frames; fitted without the last {off["people"]}, whose points were {off["far"]:.1f} pixels from their portraits, it was off by {off["off"]:.1f} (root mean square)')
+
 
 # %% ../nbs/90_cli.ipynb #730433d1
 @command('bench draw', 'measure how fast portraits are drawn', 'midas-ref bench draw\nmidas-ref bench draw --device cuda --people 8 --frames 32 --fast',

@@ -57,6 +57,16 @@ def test_looks(capsys, tmp_path):
     assert cli.main(['train', 'looks', str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
     assert cli.main(['train', 'looks', str(tmp_path/'m'), '--first', '1048570']) == 2 and 'test side' in capsys.readouterr().err
 
+def test_locator(capsys, tmp_path):
+    "Written into the folder, over one that does not fit, with what it is worth; the model has it from then on."
+    torch.manual_seed(0)
+    cfg = preset('tiny')
+    Midas(cfg, VideoDCAE(cfg.codec)).save_pretrained(tmp_path/'m')
+    (tmp_path/'m'/'locator.safetensors').write_bytes(b'damaged')
+    said = ok(capsys, 'train', 'locator', tmp_path/'m', '--people', 2, '--frames', 2, '--scenes', 1, '--device', 'cpu')
+    assert '2 people, 4 frames; fitted without the last 1' in said and Midas.from_pretrained(tmp_path/'m').locator is not None
+    assert cli.main(['train', 'locator', str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
+
 def test_tokenizer(capsys, tmp_path):
     ok(capsys, 'train', 'audio', tmp_path/'a.safetensors', '--hours', .005, '--minutes', .01, '--batch', 1, '--seconds', 1.6, '--workers', 1, '--flite', 0, '--device', 'cpu')
     assert (tmp_path/'a.safetensors').is_file() and json.loads((tmp_path/'a.json').read_text())

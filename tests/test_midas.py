@@ -239,6 +239,24 @@ def test_looks_travel_with_the_model(saved, tmp_path):
     m.save_pretrained(tmp_path/'l'); again.save_pretrained(tmp_path/'l')
     assert (Midas.from_pretrained(tmp_path/'l').looks == m.looks.half()).all()             # it fits: kept
 
+def test_a_locator_travels_with_the_model(saved, tmp_path):
+    "Written and read with it, in half precision; trained by nothing; a file that is damaged, foreign or about other points is refused in one line."
+    from midas_ref.data.probes import Locator, save_locator
+    m, folder = saved
+    assert m.locator is None and Midas.from_pretrained(folder).locator is None
+    m.frozen['locator'] = Locator().eval().requires_grad_(False)
+    m.save_pretrained(at := tmp_path/'l')
+    again, x = Midas.from_pretrained(at), torch.rand(2, 3, 64, 64)*2 - 1
+    assert (again.locator(x) - m.locator(x)).abs().max() < .01 and again.locator(x).shape == (2, 12, 2) and not [k for k in again.trained_state() if 'locator' in k]
+    assert again.to(torch.bfloat16).locator(x).dtype == torch.float32 and not any(p.requires_grad for p in again.locator.parameters())
+    for damage, said in ((lambda: save_locator(Locator(5), at/'locator.safetensors'), 'reads 5 points'), (lambda: shutil.copy(at/'model.safetensors', at/'locator.safetensors'), 'holds no locator'),
+                         (lambda: (at/'locator.safetensors').write_bytes(b'nothing'), 'cannot be read')):
+        damage()
+        with pytest.raises(ValueError, match=said) as e: Midas.from_pretrained(at)
+        assert len(str(e.value).splitlines()) == 1 and 'train locator' in str(e.value)
+        assert load_midas(at, Midas, looks=False).locator is None
+    del m.frozen['locator']
+
 def test_missing_parts(saved):
     _, folder = saved
     shutil.rmtree(folder/'codec'); (folder/'audio.safetensors').unlink()

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
-from midas_ref.config import MEMORY_HOLD, MEMORY_LEVEL, preset
-from midas_ref.inference.session import Session, StageClock, draw_chunk, fit_looks, generate_offline, held, join_streams, open_streams, shares, split_streams, to_bytes
+from midas_ref.config import MEMORY_HOLD, MEMORY_LEVEL, PUT_RIGHT, preset
+from midas_ref.data.probes import Locator
+from midas_ref.inference.session import Session, StageClock, Wishes, draw_chunk, fit_looks, generate_offline, held, join_streams, open_streams, shares, split_streams, to_bytes
 from midas_ref.model.midas import Midas
 
 N = 7680
@@ -253,3 +254,66 @@ def test_looks_are_told_from_movement():
     posed = crowd(400); posed[:, 1:] += turn[:, 3].view(6, 1, 1)*r(400, 1, 1, 1, 1)                                          # a pose that lasts as long as a window is movement
     assert .9 < shares(posed, k)['people'] < 1.1
     with pytest.raises(ValueError, match='2 or more'): fit_looks(posed[:1])
+
+class Somewhere(Locator):
+    "Says that every point of a picture is where the first pixel tells."
+    def forward(self, x): return x[:, 0, 0, 0].float()[:, None, None].expand(-1, 12, 2)
+
+@pytest.fixture
+def locator(midas):
+    "For a model that has none, while a test lasts."
+    midas.frozen['locator'] = Somewhere().eval()
+    yield midas.locator
+    del midas.frozen['locator']
+
+def test_a_head_that_is_beside_its_way_is_put_right(midas, locator):
+    "Velocities make good a share of what is missing, of a portrait at 0.2 and a frame at 0.25; the way stays as it was asked for; nobody who is told nothing hears of it."
+    at = lambda v: torch.full((3, 4, 4), v)
+    v, f = torch.zeros(30, 12, 2), 6
+    v[:, :, 0] = .5
+    plain, fed = Wishes(midas, 8, 0.), Wishes(midas, 8)
+    assert fed.right == PUT_RIGHT and plain.right == 0
+    got = {}
+    for name, w in (('plain', plain), ('fed', fed)):
+        w.begin(at(.2)); w.steer(pose=v)
+        got[name] = []
+        for k in range(3): got[name].append(w.signals()['pose']); w.drawn_last(at(.25))
+    for k in range(3): assert torch.equal(got['plain'][k].moved, got['fed'][k].moved) and torch.equal(got['plain'][k].known, got['fed'][k].known)
+    assert torch.equal(got['plain'][0].velocity, got['fed'][0].velocity)                                # nothing has been drawn yet
+    for k in (1, 2):
+        missing = (got['plain'][k-1].moved[0, -1] - .05).clamp(-.1, .1)                                 # .24 and .48 asked for to the right, none down; .05 gone in both
+        more = got['fed'][k].velocity - got['plain'][k].velocity
+        torch.testing.assert_close(more[0], (PUT_RIGHT*missing*12.5/6).expand(f, -1, -1))
+    one = Wishes(midas.with_frames(1), 8); one.begin(at(.2)); one.drawn_last(at(.25)); one.moved[:] = .06; one.fresh = False; one.steer(pose=v[:1])
+    torch.testing.assert_close(one.signals()['pose'].velocity[0, 0, :, 1], torch.full((12,), (1 - .3**(1/6))*.01*12.5))            # shorter chunks, smaller shares
+    fed.poses.clear(); assert 'pose' not in fed.signals()
+    fed.steer(pose=v[:6]); assert torch.equal(fed.signals()['pose'].velocity[0], v[:6])                 # lost on the way: nothing to put right
+    for wrong in (-.1, 1.1, float('nan')):
+        with pytest.raises(ValueError, match='accepted: 0 to 1'): Wishes(midas, 8, wrong)
+
+def test_sessions_look_at_what_they_have_drawn(midas, sound, locator):
+    "Told, a session with a locator draws otherwise from the second chunk on, in any cut of the sound; untold it draws the same; without a locator nothing can be put right."
+    pose = .2*torch.randn(24, 12, 2, generator=torch.Generator().manual_seed(2))
+    def run(cuts, **k):
+        s = Session(midas, face(0), 3, **k); s.steer(pose=pose)
+        return play(s, sound[:3*N], cuts)
+    fed, free = run([3*N]), run([3*N], right=0.)
+    assert (fed[:6] == free[:6]).all() and not (fed[6:] == free[6:]).all()
+    assert (run([5, 9000, 3*N - 9005]) == fed).all() and (run([3*N], overlap=True) == fed).all()
+    assert (Session(midas, face(0), 3).push(sound[:2*N]) == Session(midas, face(0), 3, right=0.).push(sound[:2*N])).all()
+    s = Session(midas, face(0), 3); s.steer(pose=pose); s.push(sound[:3*N]); s.show(face(0)); s.poses.clear(); s.steer(pose=pose)
+    assert (s.push(sound[:3*N]) == fed).all()                                                            # a new stream has seen nothing
+    del midas.frozen['locator']
+    assert (run([3*N]) == free).all()
+    with pytest.raises(ValueError, match='train locator'): Session(midas, face(0), right=.5)
+    midas.frozen['locator'] = Somewhere()
+
+def test_a_map_is_fitted_to_ways():
+    "Places of people who differ by constants nobody can see; seen features carry the ways with noise."
+    from midas_ref.data.probes import fit_map
+    g = torch.Generator().manual_seed(0); r = lambda *s: torch.randn(*s, generator=g)
+    true, seen, who = r(24, 192)*.01, r(30, 40, 192), r(30, 1, 12, 2)
+    points = (seen @ true.T).unflatten(2, (12, 2)) + who
+    assert (fit_map(seen, points, ridge=1e-6) - true).abs().max() < 1e-4
+    assert (fit_map(seen, points, ridge=10.) - true).abs().max() > 1e-3
+    with pytest.raises(ValueError, match='2 or more'): fit_map(seen[:, :1], points[:, :1])

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['READ', 'MOOD_NAMES', 'SPREAD', 'PROBES', 'WEIGHTS', 'mouth_pool', 'random_motion', 'spoil', 'Residual', 'ProbeA',
            'heads', 'Norm', 'Mixer', 'ProbeB', 'new_probe', 'person', 'People', 'probe_loss', 'train_probe',
-           'save_probe', 'load_probe', 'judge', 'identity_distance', 'grade']
+           'save_probe', 'load_probe', 'judge', 'identity_distance', 'grade', 'Locator', 'fit_map', 'save_locator',
+           'load_locator']
 
 # %% ../../nbs/data/14_probes.ipynb #fe02fdee
 import importlib.util, json, time
@@ -103,7 +104,11 @@ class ProbeA(nn.Module):
         for s in self.stages: x = s(x); out.append(x)
         return out
 
-    def forward(self, x): return heads(self, F.relu(self.hidden(F.adaptive_avg_pool2d(F.relu(self.squeeze(self.features(x)[-1])), 8).flatten(1))))
+    def seen(self, x):   # (n, 192)
+        "What readings are made from."
+        return F.relu(self.hidden(F.adaptive_avg_pool2d(F.relu(self.squeeze(self.features(x)[-1])), 8).flatten(1)))
+
+    def forward(self, x): return heads(self, self.seen(x))
 
 def heads(probe, h):
     "Readings in units of their channel, mood logits, identity on the unit sphere."
@@ -371,3 +376,55 @@ def grade(
     error = {c: round((torch.cat(got[c]) - torch.cat(true[c])).abs().mean().item(), 4) for c in READ}
     return dict(r=r, error=error, mood=round(torch.cat(right).float().mean().item(), 4), same_person=round(halves.mean().item(), 4),
                 other_person=round(apart.mean().item(), 4), closest_other=round(apart.quantile(.01).item(), 4), frames=sum(len(g) for g in got['open']))
+
+# %% ../../nbs/data/14_probes.ipynb #5436e81f
+class Locator(nn.Module):
+    "Where points of a face are, read from a picture; only differences between pictures of one person mean something."
+    def __init__(self,
+        keypoints:int=12,   # how many points
+        probe=None,         # a `ProbeA`; None: an untrained one
+    ):
+        super().__init__()
+        self.probe, self.map = probe or new_probe('a'), nn.Linear(192, 2*keypoints, bias=False)
+
+    @torch.no_grad()
+    def forward(self,
+        x:Tensor,   # pictures in [-1, 1], (n, 3, h, w), read at 256 x 256
+    )->Tensor:      # (n, k, 2), picture heights
+        "Probe A, and a linear map."
+        if x.shape[-2:] != (256, 256): x = F.interpolate(x.float(), (256, 256), mode='bilinear', antialias=True)
+        return self.map(self.probe.seen(x.to(self.map.weight))).unflatten(1, (-1, 2)).float()
+
+def fit_map(
+    seen:Tensor,       # what probe A makes its readings from, (p, t, 192): pictures of p people
+    points:Tensor,     # the truth, picture heights, (p, t, k, 2)
+    ridge:float=.01,   # what keeps weights small, in variances of what is seen
+)->Tensor:             # (2*k, 192)
+    "The linear map that gives ways best."
+    if seen.shape[1] < 2: raise ValueError("One picture of each person was given; ways need 2 or more.")
+    x, y = ((v - v.mean(1, keepdim=True)).flatten(0, 1).double() for v in (seen, points.flatten(2)))
+    size = x.std(0).clamp(min=1e-3)
+    x = x/size
+    return (torch.linalg.solve(x.T @ x + ridge*len(x)*torch.eye(x.shape[1]).to(x), x.T @ y)/size[:, None]).T.float().contiguous()
+
+def save_locator(
+    locator:Locator,   # fitted
+    path,              # where to, .safetensors
+):
+    "Write it in half precision."
+    from safetensors.torch import save_file
+    save_file({k: v.detach().half().contiguous().cpu() for k, v in locator.state_dict().items()}, path, {'locator': str(locator.map.out_features//2)})
+
+def load_locator(
+    path,         # what `save_locator` wrote
+)->Locator:       # in eval mode, float32
+    "Read it."
+    from safetensors import SafetensorError, safe_open
+    again = 'write it again with midas-ref train locator, or remove it.'
+    try:
+        with safe_open(path, 'pt') as f: points, state = (f.metadata() or {}).get('locator', ''), {k: f.get_tensor(k).float() for k in f.keys()}
+    except SafetensorError: raise ValueError(f"{path} cannot be read; {again}") from None
+    locator = Locator(int(points) if points.isdecimal() and 0 < int(points) < 1000 else 12)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in locator.state_dict().items()}: raise ValueError(f"{path} holds no locator; {again}")
+    locator.load_state_dict(state)
+    return locator.eval().requires_grad_(False)

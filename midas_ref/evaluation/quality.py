@@ -281,6 +281,7 @@ def in_rows(
     steps:int|None=None,     # denoising steps
     frames:int|None=None,    # of a chunk
     hold:float|None=None,    # see `Session`
+    right:float|None=None,   # likewise
     most:int=32,             # rows at once
 ):                           # yields (number of the job, uint8 (t, h, w, 3)), in any order
     "Streams of many scenes as rows of one batch."
@@ -290,8 +291,10 @@ def in_rows(
     for _, same in groupby(sorted(range(len(jobs)), key=length), length):
         same = list(same)
         for rows in (same[k:k+most] for k in range(0, len(same), most)):
-            cases, wishes, films = [jobs[i][0] for i in rows], [Wishes(midas, level) for _ in rows], [[] for _ in rows]
-            reference = torch.cat([midas.codec.encode(picture(c.portrait, midas.cfg.video).to(midas.codec.mean)[None, None])[:, 0] for c in cases])
+            cases, wishes, films = [jobs[i][0] for i in rows], [Wishes(midas, level, right) for _ in rows], [[] for _ in rows]
+            portraits = [picture(c.portrait, midas.cfg.video).to(midas.codec.mean) for c in cases]
+            reference = torch.cat([midas.codec.encode(x[None, None])[:, 0] for x in portraits])
+            for w, x in zip(wishes, portraits): w.begin(x)
             streams, told = open_streams(midas, len(rows), [seed]*len(rows)), [jobs[i][1] for i in rows]
             for w, c, t in zip(wishes, cases, told):
                 if 'pose' in t: w.steer(pose=c.velocity)
@@ -300,14 +303,14 @@ def in_rows(
                     if 'text' in t: w.steer(text=c.words[min(k//7680, len(c.words) - 1)])
                 heard = np.stack([np.pad(part := np.asarray(c.samples[k:k+n], np.float32), (0, n - len(part))) for c in cases])
                 for x in draw_chunk(midas, streams, torch.from_numpy(heard).to(reference.device), reference, side_by_side([w.signals() for w in wishes], midas), level, steps, hold=hold):
-                    for film, y in zip(films, x): film.append(to_bytes(y))
+                    for film, w, y in zip(films, wishes, x): film.append(to_bytes(y)); w.drawn_last(y)
             yield from ((i, np.stack(film)[:len(c.motion)]) for i, film, c in zip(rows, films, cases))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #d2ccbae8
 def by_session(
     midas,                   # a `Midas` in eval mode
     name:str='model',        # for tables
-    **settings,              # of `Session`: seed, level, steps, frames, hold
+    **settings,              # of `Session`: seed, level, steps, frames, hold, right
 )->Performer:
     "A model, streamed: chunk by chunk, as a viewer would get it; many scenes as rows of one batch."
     def play(case, told):

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FrameTokens', 'over_frame', 'initialise', 'Parts', 'TeacherForcing', 'Kept', 'Live', 'by_chunk', 'replay_latents',
            'safe_dtype', 'Midas', 'midas_folder', 'read_config', 'held', 'save_looks', 'looks_codec', 'load_looks',
-           'load_midas']
+           'fitting', 'load_midas']
 
 # %% ../../nbs/model/46_midas.ipynb #923bd0e9
 import copy, json, math
@@ -15,7 +15,7 @@ from einops import rearrange
 from huggingface_hub import ModelHubMixin
 from ..config import MidasConfig, from_dict, to_dict
 from ..streaming import StreamState, Streaming
-from ..data.probes import WEIGHTS
+from ..data.probes import WEIGHTS, load_locator, save_locator
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
 from ..conditions.audio import load_audio_weights, save_audio
@@ -342,9 +342,10 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
         audio=None,             # frozen `WhisperVQ`; may be missing where tokens come from files
         keypoints:int=12,       # keypoints of a pose
         backbone=None,          # see `Parts`
+        locator=None,           # frozen `Locator` of page 14, for streams that look where their head is; may be missing
     ):
         super().__init__(cfg, keypoints, backbone)
-        self.frozen = nn.ModuleDict({k: m.eval().requires_grad_(False) for k, m in (('codec', codec), ('audio', audio)) if m is not None})
+        self.frozen = nn.ModuleDict({k: m.eval().requires_grad_(False) for k, m in (('codec', codec), ('audio', audio), ('locator', locator)) if m is not None})
         self.codec_hash = codec.fingerprint(decoder=False) if codec else ''
         self.register_buffer('looks', None, persistent=False)      # (tokens, c, c), the gain by which a stream keeps the looks of its portrait: page 60
 
@@ -352,6 +353,8 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
     def codec(self): return self._frozen('codec')
     @property
     def audio(self): return self._frozen('audio')
+    @property
+    def locator(self): return self.frozen['locator'] if 'locator' in self.frozen else None
 
     def _frozen(self, name):
         if name not in self.frozen: raise ValueError(f"This model was made without its {name}; pass {name}=... to Midas, or load a folder that holds one.")
@@ -372,6 +375,7 @@ class Midas(Live, ModelHubMixin, library_name='midas_ref', repo_url='', tags=['t
         if 'codec' in self.frozen: self.codec.save(folder/'codec', safe_dtype(self.codec))
         if 'audio' in self.frozen: save_audio(folder/'audio.safetensors', self.audio, dtype=safe_dtype(self.audio))
         (folder/'config.json').write_text(json.dumps(dict(midas=to_dict(self.cfg), points=self.pose.shape[0], codec_hash=self.codec_hash), indent=1))
+        if self.locator is not None: save_locator(self.locator, folder/'locator.safetensors')
         if self.looks is not None: save_looks(folder, self.looks, self.codec_hash)
         elif looks_codec(folder) not in (None, self.codec_hash): (folder/'looks.safetensors').unlink()      # about latents that this model does not know
 
@@ -457,11 +461,21 @@ def load_looks(
     if tuple(looks.shape) != (shape[0], shape[1], shape[1]): raise ValueError(f"{path} holds {tuple(looks.shape)}, but this model needs {(shape[0], shape[1], shape[1])}; {again}")
     return looks.float()
 
+def fitting(
+    locator,       # a `Locator`
+    shape:tuple,   # of the poses of a model, (points, dims)
+    folder:Path,   # of the model
+):
+    "The locator, if it reads what the model is told."
+    if (locator.map.out_features//2, 2) != tuple(shape): raise ValueError(f"{folder/'locator.safetensors'} reads {locator.map.out_features//2} points, but this model is told {shape[0]} in {shape[1]} dimensions; write it again with midas-ref train locator, or remove it.")
+    return locator
+
+
 # %% ../../nbs/model/46_midas.ipynb #aff6295d
 def load_midas(
     folder:Path,         # as `Midas.save_pretrained` writes it
     cls:type,            # the class to build
-    looks:bool=True,     # read looks.safetensors, if there is one
+    looks:bool=True,     # read looks.safetensors and locator.safetensors, if they are there
 )->nn.Module:            # in eval mode, float32
     "Build a model from its files."
     info = read_config(folder)
@@ -477,4 +491,5 @@ def load_midas(
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
     model.codec_hash = info['codec_hash']
     if looks: model.looks = load_looks(folder, info['codec_hash'], (model.layout.frame_tokens, cfg.codec.latent_channels))
+    if looks and (folder/'locator.safetensors').is_file(): model.frozen['locator'] = fitting(load_locator(folder/'locator.safetensors'), model.pose.shape, folder)
     return model.eval()

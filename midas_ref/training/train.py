@@ -24,7 +24,7 @@ from ..config import preset
 from ..data.portraits import MOTION, keypoints
 from ..data.speech import MOUTH
 from ..data.clips import MOODS, captions, frame_times, mood_vector, motion, reference_motion, write_script
-from ..data.probes import WEIGHTS
+from ..data.probes import WEIGHTS, load_locator
 from ..data.shards import deaf
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
@@ -32,7 +32,7 @@ from ..codec.train import RunLog, StackedMuon, agree, load_moments, mean_over_ra
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
-from ..model.midas import Midas, by_chunk, held, load_looks, looks_codec, midas_folder
+from ..model.midas import Midas, by_chunk, fitting, held, load_looks, looks_codec, midas_folder
 
 # %% ../../nbs/training/50_train.ipynb #d9788e18
 STEPS = 2047   # of a channel of motion between 0 and 1: finer than any pixel
@@ -464,14 +464,14 @@ class JointTrainer(Past):
         late, seen, weight = progress > r.own_from and model is self.model, None, self.weight
         if late and r.rollout and self.stock and torch.rand((), generator=self.cpu) < r.rollout: batch, seen = self.stock[int(torch.randint(len(self.stock), (), generator=self.cpu))]
         latents, reference, signals, face = batch
-        if r.first != 1: weight = weight*first_weight(latents.shape[1], model.layout.frames, r.first, self.device)
+        early = first_weight(latents.shape[1], model.layout.frames, r.first, self.device)
         passes = min(r.own_depth, 1 + int(r.own_depth*(progress - r.own_from)/max(1 - r.own_from, 1e-6))) if late and r.own else 0
         with torch.autocast('cuda', torch.bfloat16, enabled=self.device.type == 'cuda'):
             seen = self.context(signals.get('past', latents), reference, signals, passes) if seen is None else seen.to(latents)
-            with nullcontext() if model is self.model else eager(): out = model(latents, reference, signals, weight, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
+            with nullcontext() if model is self.model else eager(): out = model(latents, reference, signals, weight*early, high=high, repeats=self.r.repeats, t_kind=self.r.t_kind, generator=self.g, drop=self.cpu, context=seen)
             heard = self.reader(out['z'].mean(2)).float()
         known = torch.isfinite(face)
-        read = ((heard - torch.where(known, face, 0.)).square()*known).sum()/known.sum().clamp(min=1)
+        read = ((heard - torch.where(known, face, 0.)).square()*known*early[:, 0]).sum()/known.sum().clamp(min=1)
         a, b = self.r.reader
         total = out['loss'] + (a + (b-a)*progress)*read/.03                            # .03: mean square of a reading, so that knowing nothing costs about 1
         return total, dict(flow=out['loss'].detach(), reader=read.detach())
@@ -676,6 +676,7 @@ def new_midas(
         if (k := 'head.look.weight') in wanted: state.setdefault(k, torch.zeros_like(wanted[k]))   # or never looked at the portrait
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
+        if (place := midas_folder(start_from)/'locator.safetensors').is_file(): model.frozen['locator'] = fitting(load_locator(place), model.pose.shape, place.parent)
         if looks_codec(at := midas_folder(start_from)) == model.codec_hash: model.looks = load_looks(at, model.codec_hash, (model.layout.frame_tokens, model.cfg.codec.latent_channels))
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
     return model
