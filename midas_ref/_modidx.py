@@ -1304,6 +1304,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'midas_ref/inference/session.py'),
                                              'midas_ref.inference.session.Wishes.steer': ( 'inference/session.html#wishes.steer',
                                                                                            'midas_ref/inference/session.py'),
+                                             'midas_ref.inference.session.Wishes.stirring': ( 'inference/session.html#wishes.stirring',
+                                                                                              'midas_ref/inference/session.py'),
                                              'midas_ref.inference.session._stacked': ( 'inference/session.html#_stacked',
                                                                                        'midas_ref/inference/session.py'),
                                              'midas_ref.inference.session.beside': ( 'inference/session.html#beside',
