@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['UNSURE', 'Streams', 'open_streams', 'join_streams', 'split_streams', 'moving_people', 'draw_looks', 'fit_looks',
            'shares', 'fit_locator', 'StageClock', 'untimed', 'FrameCalls', 'two_cores', 'beside', 'draw_chunk',
-           'generate_offline', 'Wishes', 'Session', 'to_bytes', 'picture']
+           'generate_offline', 'Course', 'Wishes', 'Session', 'to_bytes', 'picture']
 
 # %% ../../nbs/inference/60_session.ipynb #55c9dc10
 import os, time
@@ -274,22 +274,11 @@ def generate_offline(
         past[:, t] = back(held(x0, rearrange(reference, 'b c h w -> b (h w) c'), hold, midas.looks)) if hold else latents[:, t]
     return midas.codec.decode(latents)[0].clamp(-1, 1)
 
-# %% ../../nbs/inference/60_session.ipynb #89d216bf
+# %% ../../nbs/inference/60_session.ipynb #8afe2060
 UNSURE = 2/256   # picture heights, root mean square: how far a `Locator` may be off
 
-class Wishes:
-    "What a viewer has asked for, as signals for the chunks to come."
-    def __init__(self,
-        midas:Midas,            # or one of its `with_frames`
-        level:int,              # noise level of the past
-        right:float|None=None,  # see `Session`
-    ):
-        if right is None: right = PUT_RIGHT if midas.locator is not None else 0.
-        if not 0 <= right <= 1: raise ValueError(f"right is {right}; accepted: 0 to 1.")
-        if right and midas.locator is None: raise ValueError(f"right is {right}, but this model has no locator to see where a head is; write one with midas-ref train locator, or say right=0.")
-        self.midas, self.wish, self.words, self.poses, self.level, self.right = midas, '', None, deque(), level, right
-        self.steer(level=level); self.begin()
-
+class Course:
+    "Where a head should be, and where it is; needs `midas`, and `right` as in `Session`."
     def begin(self, portrait=None):
         "A new stream: the next frame is its first, after this portrait (3, h, w)."
         self.fresh, self.moved, self.first, self.last, self.since = True, torch.zeros(self.midas.pose.shape), portrait, None, 0
@@ -310,6 +299,20 @@ class Wishes:
         if self.first.ndim == 3: self.first = self.midas.locator(self.first[None])[0].to(self.moved)      # read once
         off = (self.moved - (self.midas.locator(self.last[None])[0].to(self.moved) - self.first)).nan_to_num(0.).clamp(-.1, .1)
         return off*(1 - UNSURE/off.square().mean().sqrt().clamp(min=1e-9)).clamp(min=0)                       # less than that may be an error of the reading
+
+# %% ../../nbs/inference/60_session.ipynb #89d216bf
+class Wishes(Course):
+    "What a viewer has asked for, as signals for the chunks to come."
+    def __init__(self,
+        midas:Midas,            # or one of its `with_frames`
+        level:int,              # noise level of the past
+        right:float|None=None,  # see `Session`
+    ):
+        if right is None: right = PUT_RIGHT if midas.locator is not None else 0.
+        if not 0 <= right <= 1: raise ValueError(f"right is {right}; accepted: 0 to 1.")
+        if right and midas.locator is None: raise ValueError(f"right is {right}, but this model has no locator to see where a head is; write one with midas-ref train locator, or say right=0.")
+        self.midas, self.wish, self.words, self.poses, self.level, self.right = midas, '', None, deque(), level, right
+        self.steer(level=level); self.begin()
 
     def steer(self,
         text:str|None=None,        # what to show, in words; '' forgets it
