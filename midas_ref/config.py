@@ -165,7 +165,6 @@ class HeadConfig:
     portrait: bool = False  # does it look at the portrait itself, besides the hidden states?
     start: float = 1.   # time that the first denoising step is told; 1 is pure noise, below it what is rare is drawn more often (page 44)
     temperature: tuple = (1.,)  # deviation of the noise: one number, or 4, 9, 16, ... of a square grid laid over the frame, row by row (page 44)
-    stirred: float = 0.  # the least deviation in the second after new words, which ask for a change (page 60)
 
     def __post_init__(self):
         _positive(self, 'width', 'layers', 'heads', 'steps')
@@ -173,7 +172,6 @@ class HeadConfig:
         _check(.5 <= self.start <= 1, "HeadConfig.start", self.start, "0.5 to 1")
         n = len(self.temperature)
         _check(n and math.isqrt(n)**2 == n and all(0 <= x <= 2 for x in self.temperature), "HeadConfig.temperature", self.temperature, "1, 4, 9, 16, ... numbers, 0 to 2")
-        _check(0 <= self.stirred <= 2, "HeadConfig.stirred", self.stirred, "0 to 2")
         _check(self.width % self.heads == 0, "HeadConfig.width", self.width, f"a multiple of heads={self.heads}")
 
 MEMORY_LEVEL = 8   # noise level of the past in use, of the 20; page 70 measures what it costs and gives

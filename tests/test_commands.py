@@ -46,26 +46,19 @@ def test_probe(capsys, tmp_path, monkeypatch):
     assert log['log'] and 'r' in log['grade']
     assert json.loads(ok(capsys, 'bench', 'probe', 'a', '--weights', tmp_path/'probe_a.safetensors', '--clips', 2, '--json', '--device', 'cpu'))['r'] == pytest.approx(log['grade']['r'], abs=.01)      # the file is in half precision
 
-def test_looks(capsys, tmp_path):
-    "Written into the folder, over one that does not fit; people of the test side are refused."
+@pytest.mark.parametrize('what, said', [('looks', 'share of their own differences'), ('locator', 'fitted without the last 1,')])
+def test_what_streams_keep_to(what, said, capsys, tmp_path):
+    "Written into the folder, over one that does not fit, and said what it is worth; the model has it from then on; people of the test side are refused."
     torch.manual_seed(0)
     cfg = preset('tiny')
     Midas(cfg, VideoDCAE(cfg.codec)).save_pretrained(tmp_path/'m')
-    (tmp_path/'m'/'looks.safetensors').write_bytes(b'damaged')
-    said = ok(capsys, 'train', 'looks', tmp_path/'m', '--people', 2, '--frames', 2, '--scenes', 1, '--device', 'cpu')
-    assert '2 people, 4 frames' in said and Midas.from_pretrained(tmp_path/'m').looks.shape == (16, 128, 128)
-    assert cli.main(['train', 'looks', str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
-    assert cli.main(['train', 'looks', str(tmp_path/'m'), '--first', '1048570']) == 2 and 'test side' in capsys.readouterr().err
-
-def test_locator(capsys, tmp_path):
-    "Written into the folder, over one that does not fit, with what it is worth; the model has it from then on."
-    torch.manual_seed(0)
-    cfg = preset('tiny')
-    Midas(cfg, VideoDCAE(cfg.codec)).save_pretrained(tmp_path/'m')
-    (tmp_path/'m'/'locator.safetensors').write_bytes(b'damaged')
-    said = ok(capsys, 'train', 'locator', tmp_path/'m', '--people', 2, '--frames', 2, '--scenes', 1, '--device', 'cpu')
-    assert '2 people, 4 frames; fitted without the last 1' in said and Midas.from_pretrained(tmp_path/'m').locator is not None
-    assert cli.main(['train', 'locator', str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
+    (tmp_path/'m'/f'{what}.safetensors').write_bytes(b'damaged')
+    told = ok(capsys, 'train', what, tmp_path/'m', '--people', 2, '--frames', 2, '--scenes', 1, '--device', 'cpu')
+    m = Midas.from_pretrained(tmp_path/'m')
+    assert '2 people, 4 frames' in told and said in told
+    assert m.looks.shape == (16, 128, 128) if what == 'looks' else m.locator(torch.zeros(1, 3, 256, 256)).shape == (1, 12, 2)
+    assert cli.main(['train', what, str(tmp_path/'none')]) == 2 and 'is no folder' in capsys.readouterr().err
+    assert cli.main(['train', what, str(tmp_path/'m'), '--first', '1048570']) == 2 and 'test side' in capsys.readouterr().err
 
 def test_tokenizer(capsys, tmp_path):
     ok(capsys, 'train', 'audio', tmp_path/'a.safetensors', '--hours', .005, '--minutes', .01, '--batch', 1, '--seconds', 1.6, '--workers', 1, '--flite', 0, '--device', 'cpu')

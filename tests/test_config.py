@@ -25,7 +25,6 @@ from midas_ref import config as C
     (lambda: C.HeadConfig(temperature=(1., 1.)), '1, 4, 9'),
     (lambda: C.HeadConfig(temperature=(-.1,)), '0 to 2'),
     (lambda: C.HeadConfig(temperature=()), '1, 4, 9'),
-    (lambda: C.HeadConfig(stirred=2.5), '0 to 2'),
     (lambda: C.NoiseConfig(sigma_max=1.), 'below 1'),
     (lambda: C.from_dict({'video': {'hight': 64}}), 'VideoConfig field is'),
 ])

@@ -277,7 +277,7 @@ def test_a_head_that_is_beside_its_way_is_put_right(midas, locator):
     for name, w in (('plain', plain), ('fed', fed)):
         w.begin(at(.2)); w.steer(pose=v)
         got[name] = []
-        for k in range(3): got[name].append(w.signals()['pose']); w.drawn_last(at(.25))
+        for k in range(3): got[name].append(w.signals()['pose']); w.look(at(.25))
     for k in range(3): assert torch.equal(got['plain'][k].moved, got['fed'][k].moved) and torch.equal(got['plain'][k].known, got['fed'][k].known)
     assert torch.equal(got['plain'][0].velocity, got['fed'][0].velocity)                                # nothing has been drawn yet
     for k in (1, 2):
@@ -285,7 +285,7 @@ def test_a_head_that_is_beside_its_way_is_put_right(midas, locator):
         missing = missing*(1 - UNSURE/missing.square().mean().sqrt())
         more = got['fed'][k].velocity - got['plain'][k].velocity
         torch.testing.assert_close(more[0], (PUT_RIGHT*missing*12.5/6).expand(f, -1, -1))
-    one = Wishes(midas.with_frames(1), 8); one.begin(at(.2)); one.drawn_last(at(.25)); one.moved[:] = .08; one.fresh = False; one.steer(pose=v[:2])
+    one = Wishes(midas.with_frames(1), 8); one.begin(at(.2)); one.look(at(.25)); one.moved[:] = .08; one.fresh = False; one.steer(pose=v[:2])
     torch.testing.assert_close(one.signals()['pose'].velocity[0, 0, :, 1], torch.full((12,), (1 - .3**(1/6))*(.03 - UNSURE)*12.5))            # shorter chunks, smaller shares
     one.moved[:] = .05 + .9*UNSURE; assert torch.equal(one.signals()['pose'].velocity[0], v[:1])          # the reading is no better than that
     fed.poses.clear(); assert 'pose' not in fed.signals()
@@ -319,23 +319,3 @@ def test_a_map_is_fitted_to_ways():
     assert (fit_map(seen, points, ridge=1e-6) - true).abs().max() < 1e-4
     assert (fit_map(seen, points, ridge=10.) - true).abs().max() > 1e-3
     with pytest.raises(ValueError, match='2 or more'): fit_map(seen[:, :1], points[:, :1])
-
-def test_new_words_stir(midas, sound):
-    "For a second after new words noise is at least as deep as the configuration says, where it is calmer; not before, and for nobody without words."
-    cfg, usual = midas.cfg, midas.temperature.clone()
-    stirred = lambda v: dataclasses.replace(cfg, head=dataclasses.replace(cfg.head, stirred=v))
-    midas.temperature[:] = calm = torch.where(usual < 1, .5, 1.)
-    try:
-        midas.cfg = stirred(.8)
-        w, hot = Wishes(midas, 8), calm.clamp(min=.8)
-        told = lambda: (w.signals(), w.stir*calm)[1]
-        assert torch.equal(told(), calm) and not torch.equal(hot, calm)                                  # no words
-        w.steer(text='sad')
-        for want in (hot, hot, calm, calm): torch.testing.assert_close(told(), want)
-        w.steer(text='sad'); torch.testing.assert_close(told(), calm)                                    # nothing new
-        w.steer(text='happy'); torch.testing.assert_close(told(), hot)
-        w.begin(); torch.testing.assert_close(told(), hot)                                               # new to a new stream
-        def run(): s = Session(midas, face(0), 3); s.steer(text='sad'); return s.push(sound[:N])
-        a, midas.cfg = run(), stirred(0.)
-        assert not (run() == a).all()
-    finally: midas.cfg, midas.temperature[:] = cfg, usual

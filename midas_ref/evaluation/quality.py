@@ -302,8 +302,9 @@ def in_rows(
                 for w, c, t in zip(wishes, cases, told):
                     if 'text' in t: w.steer(text=c.words[min(k//7680, len(c.words) - 1)])
                 heard = np.stack([np.pad(part := np.asarray(c.samples[k:k+n], np.float32), (0, n - len(part))) for c in cases])
-                for x in draw_chunk(midas, streams, torch.from_numpy(heard).to(reference.device), reference, side_by_side([w.signals() for w in wishes], midas), level, steps, hold=hold, stir=torch.stack([w.stir for w in wishes])):
-                    for film, w, y in zip(films, wishes, x): film.append(to_bytes(y)); w.drawn_last(y)
+                for x in draw_chunk(midas, streams, torch.from_numpy(heard).to(reference.device), reference, side_by_side([w.signals() for w in wishes], midas), level, steps, hold=hold):
+                    for film, y in zip(films, x): film.append(to_bytes(y))
+                for w, y in zip(wishes, x): w.look(y)
             yield from ((i, np.stack(film)[:len(c.motion)]) for i, film, c in zip(rows, films, cases))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #d2ccbae8

@@ -187,7 +187,7 @@ class FrameCalls:
     def show(self, z): return decode_frame(self.midas.codec, z, self.streams.decoder, check=False)
 
     def noise(self, like): return self.streams.model.randn(self.midas.layout.frame_tokens, self.midas.cfg.codec.latent_channels, dtype=like.dtype)
-    def draw(self, z, stir=1.): return self.call(self.follow, z, self.noise(z)*stir)                           # as `Midas.draw`
+    def draw(self, z): return self.call(self.follow, z, self.noise(z))                                         # as `Midas.draw`
     def accept(self, x0, level): return self.call(self.read, x0, torch.as_tensor(level, device=x0.device).expand(len(x0)), self.noise(x0))   # as `Midas.accept`, but for the last frame of a chunk
     def decode(self, z): return self.call(self.show, z)                                                        # as `decode_frame`
 
@@ -223,7 +223,6 @@ def draw_chunk(
     clock=untimed,         # a `StageClock`
     pool=None,             # an executor that decodes while the next frame is drawn; None: one after the other
     hold:float=0.,         # how firmly what is remembered keeps the looks of the portrait, see `held`
-    stir=1.,               # how many times its usual deviation the noise has with which frames begin, a number or (b, n, 1)
 ):
     "Yield the frames of a chunk, each (b, 3, h, w) in [-1, 1]."
     f, calls, portrait = midas.layout.frames, FrameCalls(midas, streams, steps), rearrange(reference, 'b c h w -> b (h w) c')
@@ -232,13 +231,13 @@ def draw_chunk(
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
     with clock('audio'): heard = midas.audio(samples, streams.audio).vectors
     with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
-    with clock('head'): x0 = calls.draw(z, stir)
+    with clock('head'): x0 = calls.draw(z)
     def after(x0, i):                                         # read a frame back, and draw the next
         with clock('step'):
             if hold: x0 = held(x0, portrait, hold, midas.looks)
             z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
         if i < f-1:
-            with clock('head'): return calls.draw(z, stir)
+            with clock('head'): return calls.draw(z)
     for i in range(f):
         if pool and 0 < i < f-1:                              # the first frame is waited for, and nothing is drawn after the last
             with beside(pool, decode, x0) as frame: x0, frame = after(x0, i), frame.result()
@@ -281,13 +280,16 @@ class Course:
     "Where a head should be, and where it is; needs `midas`, and `right` as in `Session`."
     def begin(self, portrait=None):
         "A new stream: the next frame is its first, after this portrait (3, h, w)."
-        self.fresh, self.moved, self.first, self.last, self.since = True, torch.zeros(self.midas.pose.shape), portrait, None, 0
+        self.fresh, self.moved, self.start, self.come = True, torch.zeros(self.midas.pose.shape), portrait, None
 
-    def drawn_last(self,
+    def look(self,
         picture:Tensor,   # the last frame of a chunk, (3, h, w) in [-1, 1]
     ):
-        "See where the head has come to."
-        self.last = picture
+        "See how far the head has come, if it has been told its way so far."
+        if not self.right or self.start is None or not torch.isfinite(self.moved).any(): return
+        read = lambda x: self.midas.locator(x[None])[0].to(self.moved)
+        if self.start.ndim == 3: self.start = read(self.start)                        # the portrait, once
+        self.come = read(picture) - self.start
 
     def share(self, frames:int)->float:   # 0 to 1
         "What of that is put right in so many frames: in 480 ms as much as was asked for."
@@ -295,9 +297,8 @@ class Course:
 
     def beside(self)->Tensor:   # picture heights, (k, d); 0 where nobody knows
         "How far each point still is from where it should be, as far as that is certain."
-        if not self.right or self.first is None or self.last is None or not torch.isfinite(self.moved).any(): return torch.zeros_like(self.moved)
-        if self.first.ndim == 3: self.first = self.midas.locator(self.first[None])[0].to(self.moved)      # read once
-        off = (self.moved - (self.midas.locator(self.last[None])[0].to(self.moved) - self.first)).nan_to_num(0.).clamp(-.1, .1)
+        if self.come is None: return torch.zeros_like(self.moved)
+        off = (self.moved - self.come).nan_to_num(0.).clamp(-.1, .1)
         return off*(1 - UNSURE/off.square().mean().sqrt().clamp(min=1e-9)).clamp(min=0)                       # less than that may be an error of the reading
 
 # %% ../../nbs/inference/60_session.ipynb #89d216bf
@@ -326,7 +327,7 @@ class Wishes(Course):
             text = f'{MOODS[expression][0]}, talking'
         if text is not None and str(text) != self.wish:                                        # a viewer may ask for the same in every chunk
             self.words = self.midas.read_text([str(text)])[:, None] if str(text).strip() else None
-            self.wish, self.since = str(text), 0
+            self.wish = str(text)
         if level is not None:
             if not 0 <= level < self.midas.cfg.noise.levels: raise ValueError(f"level is {level}; accepted: 0 to {self.midas.cfg.noise.levels - 1}.")
             self.level = int(level)
@@ -349,11 +350,7 @@ class Wishes(Course):
             known = torch.isfinite(rows).all(-1)
             out['pose'] = Motion(torch.where(known[..., None], rows, 0.), known, path).map(lambda v: v[None].to(dev))
         if self.words is not None: out['text'] = self.words
-        self.stir, self.since = self.stirring if self.words is not None and self.since < .96*self.midas.cfg.video.fps else torch.ones_like(self.stirring), self.since + f
         return out
-
-    @property
-    def stirring(self): return (self.midas.cfg.head.stirred/self.midas.temperature.clamp(min=1e-3)).clamp(min=1.)      # (n, 1)
 
 
 # %% ../../nbs/inference/60_session.ipynb #cc9dd76b
@@ -407,11 +404,12 @@ class Session(Wishes):
         while self.current or len(self.buffer) >= n:
             if not self.current:
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
-                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.hold, self.stir)
+                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.hold)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
-                self.drawn_last(x[0])
+                self.last = x[0]
                 if limit is None or self.drawn < limit: self.drawn += 1; yield to_bytes(x[0])
             self.current = None
+            self.look(self.last)                                       # the last frame is out: nobody waits for this
 
     def push(self, samples)->np.ndarray:   # uint8, (t, h, w, 3), t may be 0
         "The same as `stream`, stacked."

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FrameTokens', 'over_frame', 'initialise', 'Parts', 'TeacherForcing', 'Kept', 'Live', 'by_chunk', 'replay_latents',
            'safe_dtype', 'Midas', 'midas_folder', 'read_config', 'held', 'save_looks', 'looks_codec', 'load_looks',
-           'fitting', 'load_midas']
+           'take_locator', 'load_midas']
 
 # %% ../../nbs/model/46_midas.ipynb #923bd0e9
 import copy, json, math
@@ -461,15 +461,15 @@ def load_looks(
     if tuple(looks.shape) != (shape[0], shape[1], shape[1]): raise ValueError(f"{path} holds {tuple(looks.shape)}, but this model needs {(shape[0], shape[1], shape[1])}; {again}")
     return looks.float()
 
-def fitting(
-    locator,       # a `Locator`
-    shape:tuple,   # of the poses of a model, (points, dims)
-    folder:Path,   # of the model
+def take_locator(
+    model,         # a `Midas`
+    folder:Path,   # of a model
 ):
-    "The locator, if it reads what the model is told."
-    if (locator.map.out_features//2, 2) != tuple(shape): raise ValueError(f"{folder/'locator.safetensors'} reads {locator.map.out_features//2} points, but this model is told {shape[0]} in {shape[1]} dimensions; write it again with midas-ref train locator, or remove it.")
-    return locator
-
+    "Give the model the locator of a folder, if there is one; it must read what the model is told."
+    if not (path := folder/'locator.safetensors').is_file(): return
+    locator = load_locator(path)
+    if ((n := locator.map.out_features//2), 2) != tuple(model.pose.shape): raise ValueError(f"{path} reads {n} points, but this model is told {model.pose.shape[0]} in {model.pose.shape[1]} dimensions; write it again with midas-ref train locator, or remove it.")
+    model.frozen['locator'] = locator
 
 # %% ../../nbs/model/46_midas.ipynb #aff6295d
 def load_midas(
@@ -491,5 +491,5 @@ def load_midas(
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
     model.codec_hash = info['codec_hash']
     if looks: model.looks = load_looks(folder, info['codec_hash'], (model.layout.frame_tokens, cfg.codec.latent_channels))
-    if looks and (folder/'locator.safetensors').is_file(): model.frozen['locator'] = fitting(load_locator(folder/'locator.safetensors'), model.pose.shape, folder)
+    if looks: take_locator(model, folder)
     return model.eval()

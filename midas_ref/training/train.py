@@ -24,7 +24,7 @@ from ..config import preset
 from ..data.portraits import MOTION, keypoints
 from ..data.speech import MOUTH
 from ..data.clips import MOODS, captions, frame_times, mood_vector, motion, reference_motion, write_script
-from ..data.probes import WEIGHTS, load_locator
+from ..data.probes import WEIGHTS
 from ..data.shards import deaf
 from ..codec.dcae import read_safetensors
 from ..codec.temporal import load_video_dcae
@@ -32,7 +32,7 @@ from ..codec.train import RunLog, StackedMuon, agree, load_moments, mean_over_ra
 from ..conditions.audio import load_audio_weights
 from ..conditions.pose import JointVelocity, Motion, in_heights
 from ..conditions.text import byte_ids
-from ..model.midas import Midas, by_chunk, fitting, held, load_looks, looks_codec, midas_folder
+from ..model.midas import Midas, by_chunk, held, load_looks, looks_codec, midas_folder, take_locator
 
 # %% ../../nbs/training/50_train.ipynb #d9788e18
 STEPS = 2047   # of a channel of motion between 0 and 1: finer than any pixel
@@ -676,7 +676,7 @@ def new_midas(
         if (k := 'head.look.weight') in wanted: state.setdefault(k, torch.zeros_like(wanted[k]))   # or never looked at the portrait
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}: raise ValueError(f"The model in {start_from} has other sizes than the preset {name!r}, so its weights cannot be taken.")
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()}, strict=False)
-        if (place := midas_folder(start_from)/'locator.safetensors').is_file(): model.frozen['locator'] = fitting(load_locator(place), model.pose.shape, place.parent)
-        if looks_codec(at := midas_folder(start_from)) == model.codec_hash: model.looks = load_looks(at, model.codec_hash, (model.layout.frame_tokens, model.cfg.codec.latent_channels))
+        take_locator(model, at := midas_folder(start_from))
+        if looks_codec(at) == model.codec_hash: model.looks = load_looks(at, model.codec_hash, (model.layout.frame_tokens, model.cfg.codec.latent_channels))
     if not {'codec', 'audio'} <= set(model.frozen): raise ValueError(f"{start_from} holds a model without its codec or tokenizer; put codec/ and audio.safetensors into that folder.")
     return model
