@@ -1,5 +1,5 @@
 """Shards: nothing is lost, doubled or half-written, whatever is interrupted; real files are packed or refused with a reason."""
-import errno, json, math, os, resource, shutil, signal, subprocess, sys, time, warnings
+import errno, json, math, os, resource, shutil, signal, subprocess, sys, threading, time, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -80,6 +80,16 @@ def test_camera_of_a_long_video_is_smooth_and_inside():
 
 def test_missing_package_says_what_to_install():
     with pytest.raises(ImportError, match=r"pip install 'midas_ref\[data\]'"): S.need('no_such_package_here')
+
+def test_deaf_while_other_threads_hear():
+    "Ctrl-C given to another thread does not interrupt what is inside; it is raised at the end, and the handler is the old one."
+    done, inside, before = threading.Event(), [], signal.getsignal(signal.SIGINT)
+    other = threading.Thread(target=done.wait); other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), S.deaf():
+            signal.pthread_kill(other.ident, signal.SIGINT); time.sleep(.1); inside.append(True)
+    finally: done.set(); other.join()
+    assert inside and signal.getsignal(signal.SIGINT) is before and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 # --- writing --------------------------------------------------------------------------------------
 

@@ -288,9 +288,14 @@ _worker = {}  # what a worker process got from its parent
 def deaf():
     "Processes started inside never hear Ctrl-C, not even while they import; this one hears it at the end."
     if not hasattr(signal, 'pthread_sigmask'): yield; return                 # Windows
+    heard, main = [], threading.current_thread() is threading.main_thread()
+    if main: old = signal.signal(signal.SIGINT, lambda *_: heard.append(True))  # another thread can still be given the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # which children inherit
     try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
+        if heard: signal.raise_signal(signal.SIGINT)
 
 def _start_worker(make_clip, count, stop):
     "First call in a worker: one thread, deaf to Ctrl-C (the parent decides), gone when the parent is gone."
