@@ -75,17 +75,30 @@ class Voice:
         return self.talking
 
 class Recorder:
-    "The mp4 of a session, written as it goes."
+    "The mp4 of a session, written when nobody waits for a picture."
+    most = 50      # pictures and pieces of sound that may wait to be written
     def __init__(self, folder:Path, fps:float):
         from midas_ref.inference.video import VideoWriter
         self.path, self.frames = folder/f'{secrets.token_hex(8)}.mp4', 0
-        self.writer, self.last, self.owed, self.done = VideoWriter(self.path, fps), None, 0, False
+        self.writer, self.last, self.owed, self.done, self.todo = VideoWriter(self.path, fps), None, 0, False, deque()
 
-    def sound(self, x):
-        if not self.done: self.writer.sound(x)
+    def sound(self, x): self._later(lambda: self.writer.sound(x))
 
-    def frame(self, x, times=1):
+    def frame(self, x, times=1): self._later(lambda: self._write(x, times))
+
+    def _later(self, job):
         if self.done: return
+        self.todo.append(job)
+        if len(self.todo) > self.most: self.work()
+
+    def work(self)->bool:
+        "Write the oldest of what waits; False: nothing does. A full disk ends the recording, and not the session."
+        if self.done or not self.todo: return False
+        try: self.todo.popleft()()
+        except Exception: log.exception('recording'); self.done, self.frames = True, 0; self.todo.clear(); self.writer.abort()
+        return True
+
+    def _write(self, x, times):
         self.last, self.owed = x if x is not None else self.last, self.owed + times
         if self.last is None: return                       # nothing drawn yet: the first picture will stand for these too
         for _ in range(self.owed): self.writer.frame(self.last); self.frames += 1
@@ -93,6 +106,7 @@ class Recorder:
 
     def close(self)->Path|None:
         "The finished file; None if there is nothing in it."
+        while self.work(): pass
         if self.done: return self.path if self.frames else None
         self.done = True
         with warnings.catch_warnings():
@@ -115,6 +129,7 @@ class Live:
         self.emit, self.lock, self.closed, self.reason = (lambda kind, **v: None) if emit is None else emit, threading.Lock(), False, ''
         self.ears, self.voice, self.mic, self.clock = Ears(), Voice(), mic, None
         self.inbox, self.arrived, self.playing = np.zeros(0, np.float32), deque(), deque()   # arrived: (samples in all, when)
+        self.unsaid, self.said = [], 0
         self.heard, self.taken, self.active, self.talking = 0, 0, self.born, False
         self.wish, self.text, self.rates, self.level, self.pending = 'neutral', '', None, MEMORY_LEVEL, {'frames': frames}
         self.count, self.waits, self.stamps = Counter(), deque(maxlen=250), deque(maxlen=250)
@@ -194,6 +209,9 @@ class Live:
         self.talking = talking
         self.inbox = np.concatenate([self.inbox, y]); self.heard += len(y)
         self.arrived.append((self.heard, now))
+        self.unsaid.append(y)
+        if self.heard - self.said >= self.size:                                    # at once, however busy the worker is
+            self.emit('sound', pts=self.said, samples=np.concatenate(self.unsaid)); self.said, self.unsaid = self.heard, []
 
     def feed(self, now):
         "Without a microphone our own clock brings what is to be said, or silence, one chunk ahead."
@@ -217,11 +235,11 @@ class Live:
         x = next(self.current, None)
         if x is None: self.current = None; return
         now, pts = time.monotonic(), self.start + self.index*self.step
-        if self.recorder: self.recorder.frame(x)
         self.index += 1; self.count['frames'] += 1; self.next_due = self.came + self.index*self.step/RATE
         wait = now - self.came                                  # since the last sample of the chunk was here
         self.waits.append((self.index - 1, wait, wait + (self.size - (self.index - 1)*self.step)/RATE)); self.stamps.append(now)
         self.emit('picture', pts=pts, picture=x, latency=self.waits[-1][2])
+        if self.recorder: self.recorder.frame(x)
         if self.index == self.frames: next(self.current, None); self.current = None      # lets the model read its last frame
 
     def _begin(self):
@@ -234,15 +252,13 @@ class Live:
             while len(self.inbox) >= self.size + max(self.size, int(self.hub.limits.behind*RATE)): skipped.append(self._cut())
             chunk = self._cut()
             wish, text, rates, level, action = self.wish, self.text, self.rates, self.level, 'talking' if self.talking else 'listening'
-        for start, x, _ in skipped:
+        for _, x, _ in skipped:
             self.count['skipped'] += self.frames
             if self.recorder: self.recorder.sound(x); self.recorder.frame(None, self.frames)
-            self.emit('sound', pts=start, samples=x)
         (self.start, x, self.came), self.index = chunk, 0
         from midas_ref.data.clips import MOODS
         self.session.steer(text=f'{text or MOODS[wish][0]}, {action}', level=level, pose=self._pose(rates))
         if self.recorder: self.recorder.sound(x)
-        self.emit('sound', pts=self.start, samples=x)
         self.count['chunks'] += 1
         self.current = self.session.stream(x)
         return True
@@ -443,7 +459,8 @@ class Hub:
                 try: live.turn()
                 except Exception: log.exception('session %s', live.id[:4]); self.count['failed'] += 1; self.drop(live, 'an error of ours')
                 live = None
-            lives, drawn = None, bool(able); able = None
-            if not drawn:
+            busy = bool(able) or any(l.recorder and l.recorder.work() for l in lives)
+            lives = able = None
+            if not busy:
                 with self.cond:
                     if not self.jobs and not self.stopping: self.cond.wait(.02 if self.lives else .5)

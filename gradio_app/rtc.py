@@ -14,12 +14,14 @@ class Player:
         lead:float=.06,          # seconds from the first picture to its showing
         catch_up=lambda: False,  # whether time that a stall has cost may be won back by leaving out sound
     ):
-        self.lead, self.base, self.sound, self.have, self.pictures = lead, None, deque(), 0, asyncio.Queue(64)
+        self.lead, self.base, self.sound, self.first, self.have, self.pictures = lead, None, deque(), None, 0, asyncio.Queue(64)   # sound from sample `first` to `have`
         self.more, self.stalls, self.dropped, self.slack, self.hurry, self.catch_up = asyncio.Event(), 0, 0, deque(maxlen=25), False, catch_up
 
     def put(self, kind, pts, data):
         "What the worker made (in the loop's thread)."
-        if kind == 'sound': self.sound.append(data); self.have += len(data); self.more.set(); return
+        if kind == 'sound':
+            if self.first is None: self.first = self.have = pts            # what came before the connection is gone
+            self.sound.append(data); self.have += len(data); self.more.set(); return
         if self.base is None: self.base = time.monotonic() + self.lead - pts/RATE; self.more.set()
         self.slack.append(self.base + pts/RATE - time.monotonic())
         if len(self.slack) == 25 and min(self.slack) > self.lead + .08 and self.catch_up(): self.hurry = True; self.slack.clear()
@@ -41,6 +43,8 @@ class Player:
 
     async def piece(self, at)->tuple:      # samples, and where they begin
         "20 ms of sound from sample `at` on; if it is not there yet the clock stands still."
+        while self.first is None: self.more.clear(); await self.more.wait()
+        at = max(at, self.first)
         await self.wait(at)
         if self.hurry and self.have >= at + 3*PIECE: self.take(2*PIECE); self.base -= 2*PIECE/RATE; at += 2*PIECE; self.hurry = False
         begun = time.monotonic()

@@ -1,5 +1,5 @@
 "Live sessions without a browser: sound in, sound and pictures out on one time line, limits, queue, and nothing left behind"
-import gc, time, weakref
+import gc, threading, time, weakref
 import numpy as np, pytest, torch
 pytest.importorskip('av')
 from app_stand_in import small
@@ -102,6 +102,19 @@ def test_a_model_that_is_too_slow_drops_pictures_but_no_sound(make):
     sound = log.of('sound')
     assert np.array_equal(np.concatenate([s['samples'] for s in sound]), voice(4.8)[:sum(len(s['samples']) for s in sound)])
 
+def test_sound_does_not_wait_for_a_busy_worker(make):
+    "A chunk of sound goes out when it is complete, while the pictures of the one before are still being drawn."
+    hub, log = make(), Log(); live = visit(hub, log)
+    draw, begun, go = live.session.stream, [], threading.Event()
+    def stuck(x):
+        begun.append(True); go.wait(10)
+        yield from draw(x)
+    live.session.stream = stuck
+    live.hear(voice(.48), RATE); until(lambda: begun)
+    live.hear(voice(.97), RATE)
+    assert [(s['pts'], len(s['samples'])) for s in log.of('sound')] == [(0, 7680), (7680, round(.97*RATE))] and not log.of('picture')
+    go.set(); until(lambda: len(log.of('picture')) >= 12)
+
 def test_without_a_microphone_time_goes_on_in_silence(make):
     hub, log = make(), Log(); live = visit(hub, log, mic=False)
     until(lambda: len(log.of('picture')) >= 12)
@@ -119,6 +132,29 @@ def test_what_is_played_takes_the_place_of_the_microphone(make):
     x = np.concatenate([s['samples'] for s in log.of('sound')])
     assert (x[:7000] == .25).all() and live.mic
     live.play(voice(5)); live.hush(); assert not live.playing
+
+# ---- the recording
+
+def test_the_recording_is_written_when_nobody_waits(make, monkeypatch):
+    "Pictures go out first; what was not written at the end is written then."
+    hub, log = make(), Log(); live = visit(hub, log); frames, wrote = live.recorder.writer.frame, []
+    live.recorder.writer.frame = lambda x: (wrote.append(len(log.of('picture'))), frames(x))
+    live.hear(voice(.48), RATE); until(lambda: len(wrote) == 6)
+    assert wrote[0] >= 1 and log.of('picture')[5]['pts'] == 6400
+    monkeypatch.setattr(live.recorder, 'work', lambda w=live.recorder.work: False)           # never any time
+    live.hear(voice(.96), RATE); until(lambda: len(log.of('picture')) == 18)
+    assert len(wrote) == 6 and len(live.recorder.todo) == 14
+    monkeypatch.undo(); live.close(); until(lambda: log.of('ended'))
+    assert len(wrote) == 18 and hub.recording(log.of('ended')[0]['recording']).stat().st_size > 1000
+
+def test_a_full_disk_ends_the_recording_and_not_the_session(make):
+    hub, log = make(), Log(); live = visit(hub, log)
+    def full(x): raise OSError(28, 'No space left on device')
+    live.recorder.writer.frame = full
+    live.hear(voice(.48), RATE); until(lambda: live.recorder.done)
+    live.hear(voice(.48), RATE); until(lambda: len(log.of('picture')) == 12)
+    assert not live.closed and not live.recorder.todo
+    live.close(); until(lambda: log.of('ended')); assert log.of('ended')[0]['recording'] is None and log.of('ended')[0]['frames'] == 12
 
 # ---- steering
 
@@ -241,3 +277,16 @@ def test_missing_weights_are_said_plainly(make):
     assert hub.state == 'missing' and 'config.json' in hub.note
     with pytest.raises(Refused, match='No model at'): visit(hub)
     assert hub.status()['live'] == 0
+
+# ---- WebRTC's clock
+
+def test_a_connection_that_comes_later_keeps_sound_and_picture_together():
+    "Sound from before the connection is not expected; what comes leaves with its own time."
+    import asyncio
+    from gradio_app.rtc import PIECE, Player
+    async def go():
+        p = Player(lead=.01)
+        p.put('picture', 8960, None); p.put('sound', 15360, np.arange(7680, dtype=np.float32))
+        return p, *await p.piece(0), time.monotonic()
+    p, x, at, now = asyncio.run(go())
+    assert at == 15360 and len(x) == PIECE and x[0] == 0 and now >= p.base + 15360/RATE - .001 and p.stalls == 0

@@ -160,6 +160,7 @@ class PictureTrack:
         mark:bool,         # write SYNTHETIC on each picture
     ):
         self.out, self.codec, self.options, self.fps, self.mark, self.size, self.count = out, codec, options, fps, mark, None, 0
+        self.convert = need('av').video.reformatter.VideoReformatter()         # one for all pictures: to set it up takes longer than to use it
 
     def start(self, size):
         "The first picture decides the size."
@@ -174,7 +175,7 @@ class PictureTrack:
     ):
         "Encode a picture."
         f = need('av').VideoFrame.from_ndarray(visible_mark(x) if self.mark else x, format='rgb24')
-        f = f.reformat(format='yuv420p', dst_colorspace='ITU601', dst_color_range='MPEG')
+        f = self.convert.reformat(f, format='yuv420p', dst_colorspace='ITU601', dst_color_range='MPEG')
         f.pts, f.time_base = self.count, 1/self.fps
         self.out.mux(self.stream.encode(f)); self.count += 1
 
