@@ -143,19 +143,23 @@ def device_of(text):
 
 @command('train probe', 'train one of the two networks that read the truth from pixels (page 14)', 'midas-ref train probe b runs/probe --minutes 7.5 --device cuda\nmidas-ref train probe b runs/more --start-from runs/probe/probe_b.safetensors --lr 1.4e-3',
     option('which', choices=('a', 'b'), help='a may serve as a loss, b only as a judge'), option('out', metavar='OUT', help='folder for weights, log and grade'),
-    option('--minutes', type=number(float, .01), default=7.5, help='how long (default 7.5)'), option('--lr', type=number(float, 1e-6, 1), default=2e-3, help='peak learning rate (default 2e-3)'),
+    option('--minutes', type=number(float, 0), default=7.5, help='how long (default 7.5; 0 trains nothing and measures anew what b finds usual)'), option('--lr', type=number(float, 1e-6, 1), default=2e-3, help='peak learning rate (default 2e-3)'),
     option('--people', type=number(int, 2), default=160, help='people kept baked (default 160; 20 MB each)'), option('--frames', type=number(int, 2), default=16, help='pictures of each person in a step (default 16)'),
     option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--start-from', metavar='FILE', help='weights to go on from'), DEVICE)
 def train_probe(a):
     "Train, save and grade a probe."
-    import json
+    import json, torch
     from pathlib import Path
     from midas_ref.data import probes
     device, out, log = device_of(a.device), Path(a.out), []
     out.mkdir(parents=True, exist_ok=True)
     say = lambda d: (log.append(d), print(json.dumps(d), flush=True))
-    people = probes.People(a.people, probes.mouth_pool(300), 0 if a.which == 'a' else 500_000, device, workers=a.workers, fast=device != 'cpu')
-    probe = probes.train_probe(a.which, people, a.minutes, say, a.lr, (min(16, a.people), a.frames), start_from=a.start_from)
+    if a.minutes:
+        people = probes.People(a.people, probes.mouth_pool(300), 0 if a.which == 'a' else 500_000, device, workers=a.workers, fast=device != 'cpu')
+        probe = probes.train_probe(a.which, people, a.minutes, say, a.lr, (min(16, a.people), a.frames), start_from=a.start_from)
+    else: probe = probes.load_probe(a.which, a.start_from, device)
+    see = lambda people, split: torch.cat([probe.seen(x) for x in probes.scene_faces(people, split, device=device)])
+    if a.which == 'b': probes.fit_usual(probe.usual, see(a.people, 'train'), see(max(2, a.people//4), 'test'))
     probes.save_probe(probe, out/f'probe_{a.which}.safetensors', minutes=a.minutes)
     grade = probes.grade(probe, device=device)
     (out/f'probe_{a.which}_log.json').write_text(json.dumps(dict(log=log, grade=grade), indent=1))
@@ -413,7 +417,7 @@ def bench_reconstruction(a):
 @command('bench quality', 'lip sync, control and stability of streamed generation, judged from its pixels, beside the truth and bad imitations (page 70)', 'midas-ref bench quality\nmidas-ref bench quality --clips 16 --long 240 --real GRID/s1 --device cuda --json\nmidas-ref bench quality tiny runs/no_noise/midas --sheet sheet.png',
     option('models', metavar='MODEL', nargs='*', help="'tiny', folders or hub ids (default: the bundled model, if there is one)"),
     option('--clips', type=number(int, 1), default=4, help='held-out talking scenes (default 4); 3 more for each 8 of them, or fewer, are in languages never heard'),
-    option('--seconds', type=number(float, 1.92, 600), default=4.8, help='length of each, whole chunks of 0.48 s (default 4.8)'), option('--long', type=number(float, 0, 3600), default=0., metavar='SECONDS', help='length of the long run (default 0: none)'),
+    option('--seconds', type=number(float, 1.92, 600), default=9.6, help='length of each, whole chunks of 0.48 s (default 9.6)'), option('--long', type=number(float, 0, 3600), default=0., metavar='SECONDS', help='length of the long run (default 0: none)'),
     option('--real', metavar='FOLDER', default=os.environ.get('MIDAS_REAL'), help='recordings of the GRID corpus (default: the variable MIDAS_REAL)'), option('--no-baselines', dest='baselines', action='store_false', help='only the truth, the codec and the models'),
     option('--level', type=number(int, 0), default=8, help='noise level of the past (default 8)'), option('--hold', type=number(float, 0, 1), metavar='SHARE', help='how firmly what is remembered keeps the looks of the portrait (page 60; default: as usual)'), RIGHT, option('--steps', type=number(int, 1), default=None, help='denoising steps (default: as the model says)'), option('--frames', type=number(int, 1), default=None, help='frames of a chunk (default: as the model says)'),
     option('--sheet', metavar='PNG', help='write a contact sheet'), option('--json', action='store_true', help='print JSON instead of a table'), DEVICE)

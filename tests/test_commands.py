@@ -45,6 +45,9 @@ def test_probe(capsys, tmp_path, monkeypatch):
     log = json.loads((tmp_path/'probe_a_log.json').read_text())
     assert log['log'] and 'r' in log['grade']
     assert json.loads(ok(capsys, 'bench', 'probe', 'a', '--weights', tmp_path/'probe_a.safetensors', '--clips', 2, '--json', '--device', 'cpu'))['r'] == pytest.approx(log['grade']['r'], abs=.01)      # the file is in half precision
+    ok(capsys, 'train', 'probe', 'b', tmp_path, '--minutes', 0, '--people', 2, '--device', 'cpu')                 # measures what is usual, and trains nothing
+    new, old = probes.load_probe('b', tmp_path/'probe_b.safetensors'), probes.load_probe('b')
+    assert torch.equal(new.readings.weight, old.readings.weight) and new.usual.whiten.any() and not torch.equal(new.usual.whiten, old.usual.whiten)
 
 @pytest.mark.parametrize('what, said', [('looks', 'share of their own differences'), ('locator', 'fitted without the last 1,')])
 def test_what_streams_keep_to(what, said, capsys, tmp_path):

@@ -9,13 +9,12 @@ from midas_ref import cli
 from midas_ref.codec.train import CODEC
 from midas_ref.data.clips import frame_times, motion, to_uint8, write_script
 from midas_ref.data.portraits import MOTION, keypoints, pose
-from midas_ref.data.probes import MOOD_NAMES, READ
+from midas_ref.data.probes import MOOD_NAMES, READ, WEIGHTS, Usual, fit_usual, judge, load_probe
 from midas_ref.data.speech import Speech
 from midas_ref.conditions.pose import JointVelocity, in_heights
 from midas_ref.config import MEMORY_LEVEL, preset, to_dict
 from midas_ref.evaluation import ablations as A
 from midas_ref.evaluation import quality as Q
-from midas_ref.data.probes import WEIGHTS
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
 
@@ -55,6 +54,27 @@ def test_no_movement_is_no_sync():
     flat = .2 + 1e-6*np.random.default_rng(0).standard_normal(60)                     # rounding of a picture that stands still
     assert Q.sync(x, flat)['r'] == 0 and math.isnan(Q.sync(x, flat)['lag']) and math.isnan(Q.correlation(x, flat))
     assert math.isnan(Q.pulse([1e-5*x])) and Q.pulse([np.ones(11), np.ones(5)]) == 1
+
+def test_what_is_usual():
+    "One in a hundred of those who set the unit lies beyond 1; what never happens together does, where each alone is common."
+    g, u = torch.Generator().manual_seed(0), Usual(3)
+    assert u(torch.randn(4, 3, generator=g)).eq(0).all()                                # not fitted: everything is usual
+    draw = lambda n: (x := torch.randn(n, 1, generator=g)) + torch.tensor([1., 2., 3.]) + .1*torch.randn(n, 3, generator=g)
+    fit_usual(u, draw(4000), draw(4000))
+    assert abs((u(draw(4000)) > 1).float().mean() - .01) < .006
+    assert u(torch.tensor([[2., 3., 4.]])) < 1 and u(torch.tensor([[2., 1., 4.]])) > 3
+
+def test_only_the_judge_finds_things_strange():
+    x = torch.rand(3, 3, 256, 256, generator=torch.Generator().manual_seed(0))*2 - 1
+    seen = judge(x, load_probe('b'))
+    assert seen['strange'].shape == (3,) and (seen['strange'] > 1).all() and 'strange' not in judge(x, load_probe('a'))
+
+def test_one_broken_face_among_eight():
+    at = lambda bad: take(dict(open=np.zeros(48), strange=np.where(np.arange(48) < bad, 1.2, .7)))
+    takes = [at(0)]*7 + [at(24)]
+    assert Q.unusual(takes) == dict(strange=.0625, strange_worst=.5)
+    assert all(math.isnan(v) for v in Q.unusual([take(dict(open=np.zeros(48)))]).values())
+    assert '0.06*' in Q.quality_table({'model': dict(strange=.0625, places=[1.], own=1.)}) and '0.01*' not in Q.quality_table({'truth': dict(strange=.01, places=[1.], own=1.)})
 
 def test_places_start_anew_with_each_clip():
     "Clips of 10 and 13 frames: the bad place is the second of a chunk in both, and the person's offset does not matter."

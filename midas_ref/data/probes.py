@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['READ', 'MOOD_NAMES', 'SPREAD', 'PROBES', 'WEIGHTS', 'mouth_pool', 'random_motion', 'spoil', 'Residual', 'ProbeA',
-           'heads', 'Norm', 'Mixer', 'ProbeB', 'new_probe', 'person', 'People', 'probe_loss', 'train_probe',
-           'save_probe', 'load_probe', 'judge', 'identity_distance', 'grade', 'Locator', 'fit_map', 'save_locator',
-           'load_locator']
+           'heads', 'Norm', 'Mixer', 'Usual', 'ProbeB', 'new_probe', 'person', 'People', 'probe_loss', 'train_probe',
+           'save_probe', 'load_probe', 'judge', 'identity_distance', 'grade', 'scene_faces', 'fit_usual', 'Locator',
+           'fit_map', 'save_locator', 'load_locator']
 
 # %% ../../nbs/data/14_probes.ipynb #fe02fdee
 import importlib.util, json, time
@@ -128,6 +128,14 @@ class Mixer(nn.Module):
         self.space, self.norm, self.up, self.down = nn.Conv2d(c, c, 7, 1, 3, groups=c), Norm(c), nn.Conv2d(c, 3*c, 1), nn.Conv2d(3*c, c, 1)
     def forward(self, x): return x + self.down(F.gelu(self.up(self.norm(self.space(x)))))
 
+class Usual(nn.Module):
+    "How far what a probe sees is from what it sees in drawn faces; 1: farther than 99 % of them. Zero until fitted."
+    def __init__(self, n:int=192):
+        super().__init__()
+        self.register_buffer('centre', torch.zeros(n)); self.register_buffer('whiten', torch.zeros(n, n))
+
+    def forward(self, h): return ((h - self.centre) @ self.whiten).float().norm(dim=-1)   # (n,)
+
 class ProbeB(nn.Module):
     "Patches, large kernels, attention pooling: the judge."
     def __init__(self, widths=(40, 80, 128, 176), depths=(2, 2, 3, 2)):
@@ -137,11 +145,17 @@ class ProbeB(nn.Module):
         self.where, self.questions = nn.Parameter(.02*torch.randn(1, 64, widths[-1])), nn.Parameter(torch.randn(1, 8, widths[-1]))
         self.look, self.hidden = nn.MultiheadAttention(widths[-1], 8, batch_first=True), nn.Linear(8*widths[-1], 192)
         self.readings, self.mood, self.identity = nn.Linear(192, len(READ)), nn.Linear(192, len(MOOD_NAMES)), nn.Linear(192, 64)
+        self.usual = Usual()
 
-    def forward(self, x):
+    def seen(self, x):   # (n, 192)
+        "What readings are made from."
         tokens = rearrange(F.adaptive_avg_pool2d(self.body(x), 8), 'n c h w -> n (h w) c') + self.where
         seen, _ = self.look(self.questions.expand(len(x), -1, -1), tokens, tokens, need_weights=False)
-        return heads(self, F.gelu(self.hidden(seen.flatten(1))))
+        return F.gelu(self.hidden(seen.flatten(1)))
+
+    def forward(self, x):
+        h = self.seen(x)
+        return *heads(self, h), self.usual(h)
 
 # %% ../../nbs/data/14_probes.ipynb #c90f07ed
 PROBES = dict(a=ProbeA, b=ProbeB)  # name -> class
@@ -236,13 +250,13 @@ class People:
 
 # %% ../../nbs/data/14_probes.ipynb #0da9d411
 def probe_loss(
-    out:tuple,      # readings, mood logits, identity
+    out:tuple,      # readings, mood logits, identity; what else a probe says is not trained
     m:Tensor,       # motion, (n, m)
     mood:Tensor,    # (n,)
     who:Tensor,     # person, (n,)
 )->tuple:           # loss, parts for the log
     "Squared error of readings in units of their spread, cross-entropy of the mood, contrast of identities."
-    readings, logits, ident = out
+    readings, logits, ident = out[:3]
     spread = torch.tensor([SPREAD[c] for c in READ], device=m.device)
     truth = m[:, [MOTION.index(c) for c in READ]]
     read = F.smooth_l1_loss(readings.float()/spread, truth/spread, beta=.3)
@@ -326,7 +340,7 @@ def judge(
     video:Tensor,          # in [-1, 1], (t, 3, h, w); any size, read at 256 x 256
     probe:nn.Module=None,  # None loads probe B
     batch:int=32,          # frames at once
-)->dict:                   # channel -> (t,), 'mood' -> (t, 6) probabilities, 'identity' -> (t, 64)
+)->dict:                   # channel -> (t,), 'mood' -> (t, 6) probabilities, 'identity' -> (t, 64), by probe B also 'strange' -> (t,), see `Usual`
     "Read everything a probe can read from each frame."
     if video.ndim != 4 or video.shape[1] != 3: raise ValueError(f"judge takes a video (t, 3, h, w); it was given {tuple(video.shape)}.")
     if not torch.isfinite(video).all() or video.abs().max() > 1.001: raise ValueError("judge takes values in [-1, 1]; divide bytes by 127.5 and subtract 1.")
@@ -336,8 +350,8 @@ def judge(
     for x in video.split(batch):
         if x.shape[-2:] != (256, 256): x = F.interpolate(x, (256, 256), mode='bilinear', antialias=True)
         parts.append(probe(x.to(p)))
-    readings, logits, ident = (torch.cat(v).float() for v in zip(*parts))
-    return {c: readings[:, i] for i, c in enumerate(READ)} | dict(mood=logits.softmax(-1), identity=ident)
+    readings, logits, ident, *strange = (torch.cat(v).float() for v in zip(*parts))
+    return {c: readings[:, i] for i, c in enumerate(READ)} | dict(mood=logits.softmax(-1), identity=ident) | ({'strange': strange[0]} if strange else {})
 
 def identity_distance(
     a:Tensor,  # identities of frames of one video, (t, 64)
@@ -376,6 +390,38 @@ def grade(
     error = {c: round((torch.cat(got[c]) - torch.cat(true[c])).abs().mean().item(), 4) for c in READ}
     return dict(r=r, error=error, mood=round(torch.cat(right).float().mean().item(), 4), same_person=round(halves.mean().item(), 4),
                 other_person=round(apart.mean().item(), 4), closest_other=round(apart.quantile(.01).item(), 4), frames=sum(len(g) for g in got['open']))
+
+# %% ../../nbs/data/14_probes.ipynb #676d3734
+@torch.no_grad()
+def scene_faces(
+    people:int,          # how many
+    split:str,           # 'train' or 'test'
+    first:int=600_000,   # seed of the first script
+    frames:int=24,       # pictures of each
+    device='cpu',        # where to draw
+    views=(7, 5),        # see `bake`
+):                       # yields pictures in [-1, 1], (t, 3, 256, 256)
+    "Drawn people one by one in moments of a scene, every second time with head, glance and mood somewhere else."
+    free = [MOTION.index(c) for c in ('yaw', 'pitch', 'roll', 'gaze_x', 'gaze_y', 'smile', 'brow_l', 'brow_r', 'squint', 'furrow')]
+    for i in range(first, first + people):
+        s, g = write_script(i, 9.6, split, clean=True), torch.Generator().manual_seed(i)
+        m = torch.from_numpy(motion(s, frame_times(9.6, 12.5)))
+        m = m[torch.randperm(len(m), generator=g)[:frames]]
+        m[::2, free] = (m[::2, free] + random_motion(len(m[::2]), torch.zeros(1, len(MOUTH)), g)[0][:, free]).clamp(-1, 1)
+        yield pose(bake([s.identity], 256, device, views), m[None].to(device))[0].clamp(-1, 1)
+
+def fit_usual(
+    usual:Usual,       # is filled
+    seen:Tensor,       # what a probe sees in pictures of people, (n, 192)
+    others:Tensor,     # and of other people, who set the unit, (m, 192)
+    share:float=.99,   # of their pictures that lie below 1
+    ridge:float=.002,  # added to the variance in every direction, of the mean variance
+):
+    "Measure what is usual in what a probe sees."
+    x, y = seen.double().cpu(), others.double().cpu()
+    centre, c = x.mean(0), x.T.cov()
+    whiten = torch.linalg.cholesky(torch.linalg.inv(c + ridge*c.diagonal().mean()*torch.eye(len(c)).to(c)))
+    usual.centre.copy_(centre); usual.whiten.copy_(whiten/((y - centre) @ whiten).norm(dim=-1).quantile(share))
 
 # %% ../../nbs/data/14_probes.ipynb #5436e81f
 class Locator(nn.Module):

@@ -5,8 +5,8 @@ __all__ = ['FPS', 'CHUNK_FRAMES', 'STILL', 'LEVEL', 'SLACK', 'RATE_FRAMES', 'ANG
            'mean', 'correlation', 'centred', 'by_place', 'sounds', 'closing', 'far_from_speech', 'turned', 'moods_read',
            'blinks', 'pulse', 'auc', 'Case', 'make_case', 'Performer', 'shown', 'smoothed', 'halting', 'late',
            'borrowed', 'through_codec', 'side_by_side', 'in_rows', 'by_session', 'Take', 'watch', 'lips', 'control',
-           'pulses', 'recorded_script', 'recordings', 'real_voices', 'endure', 'score', 'exam_scripts', 'quality',
-           'quality_table', 'quality_json', 'contact_sheet']
+           'pulses', 'unusual', 'recorded_script', 'recordings', 'real_voices', 'endure', 'score', 'exam_scripts',
+           'quality', 'quality_table', 'quality_json', 'contact_sheet']
 
 # %% ../../nbs/evaluation/70_quality.ipynb #ae9953a4
 import json, math
@@ -330,7 +330,7 @@ class Take:
     "What was read from a performance, beside what was asked."
     script:Script      # the scene
     motion:np.ndarray  # its truth, (t, m)
-    tracks:dict        # of `judge`, as arrays, and 'lids' (t,); 'change' of the picture and of the face in % of full range, (t-1,)
+    tracks:dict        # of `judge`, as arrays ('strange' by probe B only), and 'lids' (t,); 'change' of the picture and of the face in % of full range, (t-1,)
     kept:dict          # frame number -> uint8 (h, w, 3)
     face:object=None   # identity that the judge reads from the portrait, (64,)
 
@@ -399,6 +399,14 @@ def control(
 def pulses(takes:list)->dict:
     "Chunk borders against the inside of chunks."
     return dict(pulse_pixels=pulse([t.tracks['change'] for t in takes]), **{f'pulse_{name}': pulse([np.diff(t.tracks[c]) for t in takes]) for name, c in (('opening', 'open'), ('yaw', 'yaw'))})
+
+# %% ../../nbs/evaluation/70_quality.ipynb #f7193f96
+def unusual(
+    takes:list,   # `Take`s, all of them read by probe B
+)->dict:
+    "Share of frames in which the judge sees no usual face: in all scenes, and in the worst one."
+    shares = [float((t.tracks['strange'] > 1).mean()) for t in takes if 'strange' in t.tracks]
+    return dict(strange=mean(shares), strange_worst=max(shares, default=math.nan))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #fe586458
 def recorded_script(
@@ -472,7 +480,7 @@ BOUNDS = dict(  # what is asked of a model: key -> (label, lowest, highest accep
     yaw_rate=('yaw rate r', .9, None), pitch_rate=('pitch rate r', .9, None), yaw_angle=('yaw over 3 s, r', .9, None), pitch_angle=('pitch over 3 s, r', .9, None),
     expression=('expression within 2 chunks', .9, None), pose_cost=('r lost with pose', None, .05), text_cost=('r lost with words', None, .05),
     pulse_pixels=('pulse: pixels', None, 1.15), pulse_opening=('pulse: opening', None, 1.15), pulse_yaw=('pulse: yaw', None, 1.15),
-    apart=('face from portrait, last second', None, .05),
+    apart=('face from portrait, last second', None, .05), strange=('frames without a usual face', None, .03), strange_worst=('  in the worst scene', None, .1),
     real_r=('real voices, opening r', .45, None), real_auc=('real voices, AUC', .85, None), real_closed=('real voices, /p b m/ closed', .6, None), real_chance=('  the same at other moments', None, None),
     real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.), mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.),
     identity_ratio=('identity, last / first', None, 1.25), energy=('face motion at last / truth', .7, 1.4), blinks=('blinks a minute', 8, 30), sync_change=('change of r', -.05, None))
@@ -485,6 +493,7 @@ def score(
     out = lips(groups[('talk', ())]) | control(told(('pose',)), told(('text',))) | pulses(groups[('talk', ())])
     for key, what in (('pose_cost', ('pose',)), ('text_cost', ('text',))): out[key] = out['own'] - lips(told(what))['own'] if ('talk', what) in groups else math.nan
     out['apart'] = mean(identity_distance(t.face[None], torch.from_numpy(t.tracks['identity'][-12:])) for t in groups[('talk', ())] if t.face is not None)
+    out |= unusual([t for (group, _), g in groups.items() if group in ('talk', 'unheard') for t in g])
     if g := groups.get(('unheard', ())): out['unheard'] = lips(g)['own']
     if g := groups.get(('real', ())): out |= real_voices(g)
     if g := groups.get(('reading', ())): out['real_envelope'] = lips(g)['envelope']
