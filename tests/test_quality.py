@@ -59,7 +59,7 @@ def test_what_is_usual():
     "One in a hundred of those who set the unit lies beyond 1; what never happens together does, where each alone is common."
     g, u = torch.Generator().manual_seed(0), Usual(3)
     assert u(torch.randn(4, 3, generator=g)).eq(0).all()                                # not fitted: everything is usual
-    draw = lambda n: (x := torch.randn(n, 1, generator=g)) + torch.tensor([1., 2., 3.]) + .1*torch.randn(n, 3, generator=g)
+    draw = lambda n: torch.randn(n, 1, generator=g) + torch.tensor([1., 2., 3.]) + .1*torch.randn(n, 3, generator=g)
     fit_usual(u, draw(4000), draw(4000))
     assert abs((u(draw(4000)) > 1).float().mean() - .01) < .006
     assert u(torch.tensor([[2., 3., 4.]])) < 1 and u(torch.tensor([[2., 1., 4.]])) > 3
@@ -70,11 +70,13 @@ def test_only_the_judge_finds_things_strange():
     assert seen['strange'].shape == (3,) and (seen['strange'] > 1).all() and 'strange' not in judge(x, load_probe('a'))
 
 def test_one_broken_face_among_eight():
-    at = lambda bad: take(dict(open=np.zeros(48), strange=np.where(np.arange(48) < bad, 1.2, .7)))
-    takes = [at(0)]*7 + [at(24)]
-    assert Q.unusual(takes) == dict(strange=.0625, strange_worst=.5)
-    assert all(math.isnan(v) for v in Q.unusual([take(dict(open=np.zeros(48)))]).values())
-    assert '0.06*' in Q.quality_table({'model': dict(strange=.0625, places=[1.], own=1.)}) and '0.01*' not in Q.quality_table({'truth': dict(strange=.01, places=[1.], own=1.)})
+    "A frame that is odd does not count, a second that is does; clips shorter than a second have what they have."
+    at = lambda *bad: take(dict(open=np.zeros(48), strange=np.where(np.isin(np.arange(48), bad), 1.9, .7)))
+    takes = [at(7)]*7 + [at(*range(30, 48))]
+    assert Q.unusual(takes) == pytest.approx(dict(strange=(7*.8 + 1.9)/8, strange_worst=1.9))
+    assert Q.unusual([replace(at(), tracks=dict(strange=np.linspace(.4, .6, 6)))])['strange'] == pytest.approx(.5)
+    assert all(math.isnan(v) for v in Q.unusual([replace(at(), tracks={})]).values())
+    assert '1.90*' in Q.quality_table({'model': dict(strange_worst=1.9, places=[1.], own=1.)}) and '0.70*' not in Q.quality_table({'truth': dict(strange_worst=.7, places=[1.], own=1.)})
 
 def test_places_start_anew_with_each_clip():
     "Clips of 10 and 13 frames: the bad place is the second of a chunk in both, and the person's offset does not matter."

@@ -404,9 +404,10 @@ def pulses(takes:list)->dict:
 def unusual(
     takes:list,   # `Take`s, all of them read by probe B
 )->dict:
-    "Share of frames in which the judge sees no usual face: in all scenes, and in the worst one."
-    shares = [float((t.tracks['strange'] > 1).mean()) for t in takes if 'strange' in t.tracks]
-    return dict(strange=mean(shares), strange_worst=max(shares, default=math.nan))
+    "How far from a usual face the judge finds the strangest second of a scene: on average, and in the strangest scene."
+    over = lambda x, k: float(np.convolve(x, np.ones(k)/k, 'valid').max())
+    tops = [over(s, min(len(s), round(FPS))) for t in takes if (s := t.tracks.get('strange')) is not None]
+    return dict(strange=mean(tops), strange_worst=max(tops, default=math.nan))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #fe586458
 def recorded_script(
@@ -480,7 +481,7 @@ BOUNDS = dict(  # what is asked of a model: key -> (label, lowest, highest accep
     yaw_rate=('yaw rate r', .9, None), pitch_rate=('pitch rate r', .9, None), yaw_angle=('yaw over 3 s, r', .9, None), pitch_angle=('pitch over 3 s, r', .9, None),
     expression=('expression within 2 chunks', .9, None), pose_cost=('r lost with pose', None, .05), text_cost=('r lost with words', None, .05),
     pulse_pixels=('pulse: pixels', None, 1.15), pulse_opening=('pulse: opening', None, 1.15), pulse_yaw=('pulse: yaw', None, 1.15),
-    apart=('face from portrait, last second', None, .05), strange=('frames without a usual face', None, .03), strange_worst=('  in the worst scene', None, .1),
+    apart=('face from portrait, last second', None, .05), strange=('strangest second of a scene', None, None), strange_worst=('  of the strangest scene', None, 1.1),
     real_r=('real voices, opening r', .45, None), real_auc=('real voices, AUC', .85, None), real_closed=('real voices, /p b m/ closed', .6, None), real_chance=('  the same at other moments', None, None),
     real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.), mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.),
     identity_ratio=('identity, last / first', None, 1.25), energy=('face motion at last / truth', .7, 1.4), blinks=('blinks a minute', 8, 30), sync_change=('change of r', -.05, None))
