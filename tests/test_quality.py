@@ -58,7 +58,7 @@ def test_no_movement_is_no_sync():
 def test_what_is_usual():
     "One in a hundred of those who set the unit lies beyond 1; what never happens together does, where each alone is common."
     g, u = torch.Generator().manual_seed(0), Usual(3)
-    assert u(torch.randn(4, 3, generator=g)).eq(0).all()                                # not fitted: everything is usual
+    assert u(torch.randn(4, 3, generator=g)).isnan().all()                              # not fitted: nobody knows
     draw = lambda n: torch.randn(n, 1, generator=g) + torch.tensor([1., 2., 3.]) + .1*torch.randn(n, 3, generator=g)
     fit_usual(u, draw(4000), draw(4000))
     assert abs((u(draw(4000)) > 1).float().mean() - .01) < .006
@@ -69,13 +69,22 @@ def test_only_the_judge_finds_things_strange():
     seen = judge(x, load_probe('b'))
     assert seen['strange'].shape == (3,) and (seen['strange'] > 1).all() and 'strange' not in judge(x, load_probe('a'))
 
+def test_a_probe_from_before_still_reads(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from safetensors import safe_open
+    with safe_open(WEIGHTS/'probe_b.safetensors', 'pt') as f: about = f.metadata()
+    save_file({k: v for k, v in load_file(WEIGHTS/'probe_b.safetensors').items() if not k.startswith('usual.')}, tmp_path/'b.safetensors', about)
+    x = torch.zeros(2, 3, 256, 256)
+    old, new = judge(x, load_probe('b', tmp_path/'b.safetensors')), judge(x, load_probe('b'))
+    assert torch.equal(old['open'], new['open']) and old['strange'].isnan().all() and new['strange'].isfinite().all()
+
 def test_one_broken_face_among_eight():
     "A frame that is odd does not count, a second that is does; clips shorter than a second have what they have."
     at = lambda *bad: take(dict(open=np.zeros(48), strange=np.where(np.isin(np.arange(48), bad), 1.9, .7)))
     takes = [at(7)]*7 + [at(*range(30, 48))]
     assert Q.unusual(takes) == pytest.approx(dict(strange=(7*.8 + 1.9)/8, strange_worst=1.9))
     assert Q.unusual([replace(at(), tracks=dict(strange=np.linspace(.4, .6, 6)))])['strange'] == pytest.approx(.5)
-    assert all(math.isnan(v) for v in Q.unusual([replace(at(), tracks={})]).values())
+    assert all(math.isnan(v) for x in ({}, dict(strange=np.full(6, math.nan))) for v in Q.unusual([replace(at(), tracks=x)]).values())
     assert '1.90*' in Q.quality_table({'model': dict(strange_worst=1.9, places=[1.], own=1.)}) and '0.70*' not in Q.quality_table({'truth': dict(strange_worst=.7, places=[1.], own=1.)})
 
 def test_places_start_anew_with_each_clip():

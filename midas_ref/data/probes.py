@@ -129,10 +129,10 @@ class Mixer(nn.Module):
     def forward(self, x): return x + self.down(F.gelu(self.up(self.norm(self.space(x)))))
 
 class Usual(nn.Module):
-    "How far what a probe sees is from what it sees in drawn faces; 1: farther than 99 % of them. Zero until fitted."
+    "How far what a probe sees is from what it sees in drawn faces; 1: farther than 99 % of them. NaN until fitted."
     def __init__(self, n:int=192):
         super().__init__()
-        self.register_buffer('centre', torch.zeros(n)); self.register_buffer('whiten', torch.zeros(n, n))
+        self.register_buffer('centre', torch.zeros(n)); self.register_buffer('whiten', torch.full((n, n), torch.nan))
 
     def forward(self, h): return ((h - self.centre) @ self.whiten).float().norm(dim=-1)   # (n,)
 
@@ -331,7 +331,7 @@ def load_probe(
         with safe_open(path, 'pt') as f: kind, state = (f.metadata() or {}).get('probe'), {k: f.get_tensor(k).float() for k in f.keys()}
     except SafetensorError as e: raise ValueError(f"{path} is not a complete safetensors file ({e}).") from None
     if kind != type(probe).__name__: raise ValueError(f"{path} holds {kind or 'something else'}, not {type(probe).__name__}.")
-    probe.load_state_dict(state)
+    probe.load_state_dict({k: v for k, v in probe.state_dict().items() if k.startswith('usual.')} | state)       # what is usual need not have been measured
     return probe.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/data/14_probes.ipynb #a66a5261

@@ -406,7 +406,7 @@ def unusual(
 )->dict:
     "How far from a usual face the judge finds the strangest second of a scene: on average, and in the strangest scene."
     over = lambda x, k: float(np.convolve(x, np.ones(k)/k, 'valid').max())
-    tops = [over(s, min(len(s), round(FPS))) for t in takes if (s := t.tracks.get('strange')) is not None]
+    tops = [over(s, min(len(s), round(FPS))) for t in takes if np.isfinite(s := t.tracks.get('strange', math.nan)).all()]
     return dict(strange=mean(tops), strange_worst=max(tops, default=math.nan))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #fe586458
