@@ -3,7 +3,7 @@ import contextlib, dataclasses, json, shutil, struct, tempfile, threading, time
 from pathlib import Path
 import numpy as np
 from .live import RATE
-from .run import make
+from .run import SOCKET, make
 
 SPEECH = Path(__file__).resolve().parents[1]/'data_samples'/'speech'
 
@@ -18,7 +18,7 @@ def running(settings):
     "The app on a free port of this machine: its `App`, the port, seconds until it answered and until the model was ready."
     import uvicorn
     begun = time.perf_counter(); app, api = make(settings)
-    server = uvicorn.Server(uvicorn.Config(api, host='127.0.0.1', port=0, log_level='error', ws_max_size=1_000_000, ws_per_message_deflate=False))
+    server = uvicorn.Server(uvicorn.Config(api, host='127.0.0.1', port=0, log_level='error', **SOCKET))
     thread = threading.Thread(target=server.run, daemon=True); thread.start()
     try:
         while not server.started:

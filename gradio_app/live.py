@@ -129,7 +129,7 @@ class Live:
         self.emit, self.lock, self.closed, self.reason = (lambda kind, **v: None) if emit is None else emit, threading.Lock(), False, ''
         self.ears, self.voice, self.mic, self.clock = Ears(), Voice(), mic, None
         self.inbox, self.arrived, self.playing = np.zeros(0, np.float32), deque(), deque()   # arrived: (samples in all, when)
-        self.unsaid, self.said = [], 0
+        self.unsaid = []
         self.heard, self.taken, self.active, self.talking = 0, 0, self.born, False
         self.wish, self.text, self.rates, self.level, self.pending = 'neutral', '', None, MEMORY_LEVEL, {'frames': frames}
         self.count, self.waits, self.stamps = Counter(), deque(maxlen=250), deque(maxlen=250)
@@ -210,8 +210,9 @@ class Live:
         self.inbox = np.concatenate([self.inbox, y]); self.heard += len(y)
         self.arrived.append((self.heard, now))
         self.unsaid.append(y)
-        if self.heard - self.said >= self.size:                                    # at once, however busy the worker is
-            self.emit('sound', pts=self.said, samples=np.concatenate(self.unsaid)); self.said, self.unsaid = self.heard, []
+        if sum(map(len, self.unsaid)) >= self.size:                                # at once, however busy the worker is
+            x, self.unsaid = np.concatenate(self.unsaid), []
+            self.emit('sound', pts=self.heard - len(x), samples=x)
 
     def feed(self, now):
         "Without a microphone our own clock brings what is to be said, or silence, one chunk ahead."

@@ -2,6 +2,8 @@
 import os, socket, threading
 from .live import Limits
 
+SOCKET = dict(ws_max_size=1_000_000, ws_per_message_deflate=False)   # JPEG and noise do not get smaller
+
 def limits_of(s)->Limits:
     "The [app] section of the settings as limits."
     return Limits(sessions=s.sessions, idle=float(s.idle_seconds), total=float(s.total_seconds), upload=s.upload_mb*1_000_000)
@@ -40,7 +42,7 @@ def serve(settings, say=print):
             finally: page_up.set()                                           # also if it failed: nobody waits for ever
             if not self.should_exit: say(f"MIDAS live: {where}  (Ctrl-C ends it){'' if host != '0.0.0.0' else '; open to the network'}")
     tell(app.hub, say)
-    Server(uvicorn.Config(api, host=host, port=port, log_level='warning', ws_max_size=1_000_000, ws_per_message_deflate=False, ws_ping_interval=5, ws_ping_timeout=8, timeout_keep_alive=10, timeout_graceful_shutdown=3, limit_concurrency=400)).run()
+    Server(uvicorn.Config(api, host=host, port=port, log_level='warning', **SOCKET, ws_ping_interval=5, ws_ping_timeout=8, timeout_keep_alive=10, timeout_graceful_shutdown=3, limit_concurrency=400)).run()
 
 def tell(hub, say):
     "Print what the model is doing until it is ready."

@@ -405,8 +405,8 @@ def unusual(
     takes:list,   # `Take`s, all of them read by probe B
 )->dict:
     "How far from a usual face the judge finds the strangest second of a scene: on average, and in the strangest scene."
-    over = lambda x, k: float(np.convolve(x, np.ones(k)/k, 'valid').max())
-    tops = [over(s, min(len(s), round(FPS))) for t in takes if np.isfinite(s := t.tracks.get('strange', math.nan)).all()]
+    tracks = [s for t in takes if np.isfinite(s := t.tracks.get('strange', math.nan)).all()]
+    tops = [float(np.convolve(s, np.ones(k := min(len(s), round(FPS)))/k, 'valid').max()) for s in tracks]
     return dict(strange=mean(tops), strange_worst=max(tops, default=math.nan))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #fe586458
