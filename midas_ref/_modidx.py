@@ -2021,6 +2021,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'midas_ref/training/train.py'),
                                           'midas_ref.training.train.train_model': ( 'training/train.html#train_model',
                                                                                     'midas_ref/training/train.py'),
+                                          'midas_ref.training.train.turned': ('training/train.html#turned', 'midas_ref/training/train.py'),
                                           'midas_ref.training.train.unpack_stock': ( 'training/train.html#unpack_stock',
                                                                                      'midas_ref/training/train.py'),
                                           'midas_ref.training.train.write_scene': ( 'training/train.html#write_scene',

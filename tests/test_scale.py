@@ -441,7 +441,7 @@ def test_plain_engine_is_adamw():
 
 def test_the_paper_weighs_all_chunks_alike():
     "What the tiny recipe adds is a setting, and off for the preset of the paper."
-    assert S.train_preset('paper').recipe().first == 1 and S.train_preset('tiny').recipe().first == 3
+    assert S.train_preset('paper').recipe().first == 1 and S.train_preset('tiny').recipe().first == 4
     with pytest.raises(ValueError, match='TrainConfig.first'): S.TrainConfig(first=.5)
 
 def test_a_plan_reads_the_sizes_of_a_backbone_and_not_its_weights(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Joint training: scenes, the pool and its alignment, exact resume, the commands."""
 import copy, dataclasses, functools, json, os, subprocess, sys
 from pathlib import Path
+import numpy as np
 import pytest, torch
 from safetensors.torch import save_file
 from midas_ref import cli
@@ -13,7 +14,7 @@ from midas_ref.data.portraits import MOTION
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
 from midas_ref.data.probes import WEIGHTS
-from midas_ref.training.train import HEADS, MOODY, READINGS, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, elsewhere, generate, lead_astray, like, load_run, new_midas, own_frames, running_median, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import HEADS, MOODY, READINGS, TURNED, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, elsewhere, generate, lead_astray, like, load_run, new_midas, own_frames, turned, running_median, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -255,6 +256,28 @@ def test_own_frames_are_causal_and_leave_the_mode_alone(pool):
     a, b = (own_frames(t.model, x, reference, signals, torch.Generator().manual_seed(1), 2) for x in (latents, other))
     moved = (a - b).abs().amax((0, 2, 3, 4))
     assert t.model.training and a.shape == latents.shape and (moved[:5] == 0).all() and (moved[5:] > 0).all()
+
+def test_own_frames_leave_out_what_the_next_pass_leaves_out(pool, monkeypatch):
+    "A stream with sound alone strays in its own way: whoever trains without pose looks back on frames drawn without pose."
+    t, seen = JointTrainer(Midas(small()), pool.activity(), Recipe(own_from=.5, own_depth=2, blind=0., astray=0.)), []
+    forward = type(t.model.conditions).forward
+    def watched(self, signals, present=None, lead=None, generator=None, sure=None):
+        out = forward(self, signals, present, lead, generator, sure)
+        seen.append((out == self.placeholder['pose']).all(-1)[..., self.spans['pose']].flatten(1).all(1).tolist())
+        return out
+    monkeypatch.setattr(type(t.model.conditions), 'forward', watched)
+    batch = pool.batch(16, 2, generator=t.g)
+    t.loss(batch, 1.)
+    assert len(seen) == 3 and seen[0] == seen[1] == seen[2] and 0 < sum(seen[0]) < 16
+    t.loss(batch, 1.)
+    assert seen[3] == seen[5] != seen[0]                                       # and another choice in the next step
+
+def test_turned_heads_begin_aside_and_stay_or_come_back():
+    at = np.arange(120)/12.5
+    all_ = np.stack([turned(s, at) for s in range(400)])
+    assert np.abs(all_[:, 0].std(0) - list(TURNED.values())).max() < .03
+    stay = (np.abs(all_[:, 0] - all_[:, -1]) < 1e-9).all(1)
+    assert .3 < stay.mean() < .5 and np.abs(all_[~stay, -1]).mean() < .5*np.abs(all_[~stay, 0]).mean()
 
 def test_training_learns_and_frozen_parts_stay(pool, hearing):
     torch.manual_seed(5)

@@ -103,7 +103,7 @@ def train_preset(
     name:str,   # 'paper' or 'tiny'
 )->TrainConfig:
     "The settings that belong to a preset."
-    if name == 'tiny': return TrainConfig(rows=32, chunks=6, steps=20_000, lr=6e-4, final=.05, warm=300, beta2=.95, high=.5, blind=.1, astray=.5, own=.5, first=3., reader=.3, recompute=False)
+    if name == 'tiny': return TrainConfig(rows=32, chunks=6, steps=20_000, lr=6e-4, final=.05, warm=300, beta2=.95, high=.5, blind=.1, astray=.5, own=.5, first=4., reader=.3, recompute=False)
     return TrainConfig()
 
 def with_settings(
