@@ -1977,6 +1977,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'midas_ref/training/train.py'),
                                           'midas_ref.training.train.Scenes.save': ( 'training/train.html#scenes.save',
                                                                                     'midas_ref/training/train.py'),
+                                          'midas_ref.training.train.Scenes.twice': ( 'training/train.html#scenes.twice',
+                                                                                     'midas_ref/training/train.py'),
                                           'midas_ref.training.train.averaged': ( 'training/train.html#averaged',
                                                                                  'midas_ref/training/train.py'),
                                           'midas_ref.training.train.change_weight': ( 'training/train.html#change_weight',

@@ -488,6 +488,23 @@ def test_an_error_in_the_whole_past(pool):
     t, batch = JointTrainer(Midas(small()), pool.activity(), Recipe(astray=1., blind=0., own=0.)), pool.batch(3, 2)
     assert not torch.equal(t.context(*batch[:3], 0), batch[0]) and torch.equal(JointTrainer(Midas(small()), pool.activity(), Recipe(astray=0., blind=0.)).context(*batch[:3], 0), batch[0])
 
+def test_somebody_else_who_plays_the_same_is_an_error_of_looks_alone(pool, scenes):
+    "With pairs, the error moves as the frames do, and rows know who their other one is."
+    twice = scenes.twice()
+    assert len(twice) == 2*len(scenes) and all(torch.equal(getattr(twice, k)[i::2], getattr(scenes, k)) for k in ('motion', 'audio', 'words') for i in (0, 1))
+    n = len(pool)//2*2
+    pairs = dataclasses.replace(pool, **{k: v[:n] for k, v in vars(pool).items() if isinstance(v, torch.Tensor) and k != 'codes'}, pairs=True)
+    x, _, signals, _ = pairs.batch(8, 2, generator=torch.Generator().manual_seed(0))
+    sums = [(s, t) for b in range(8) for s in range(n) for t in range(0, pool.latents.shape[1] - 11, 6) if torch.equal(pool.latents[s, t:t+12].float(), x[b]) and torch.allclose(pool.latents[s ^ 1, t:t+12].float(), x[b] + signals['other'][b], atol=1e-5)]
+    assert len(sums) == 8
+    off = lead_astray(x, 1., torch.Generator().manual_seed(1), 0., 1., signals['other']) - x
+    way = (off/signals['other']).flatten(3).median(2).values                    # one share for a place and all of its frames
+    assert ((way - way[:, :1]).abs() < 1e-3).all() and way.max() <= 1.001 and (way.abs() < 1e-3).any() and (way > 1e-3).any()
+    t = JointTrainer(Midas(small()), pool.activity(), Recipe(astray=1., blind=0., own=0.))
+    a, b = (t.g.manual_seed(3) and t.context(x, x[:, 0], s, 0) for s in (signals, {k: v for k, v in signals.items() if k != 'other'}))
+    assert not torch.equal(a, b)
+    assert torch.isfinite(t.loss((x, x[:, 0], signals, torch.zeros(*x.shape[:2], READINGS)), .1)[0])
+
 def test_readings_tell_mouth_mood_and_turns():
     from midas_ref.data.portraits import MOTION
     from midas_ref.training.train import FACE, TURN, readings

@@ -50,7 +50,8 @@ def draw(a):
         if not ready: time.sleep(.5); continue
         try: (out/f'{ready[0].stem}.taken').open('x').close()                        # mine; two may have seen it free
         except FileExistsError: continue
-        pool = T.draw_pool(T.Scenes.load(ready[0]), people, midas, led=int(ready[0].stem) if a.led else None)
+        scenes = T.Scenes.load(ready[0])
+        pool = T.draw_pool(scenes.twice() if a.pairs else scenes, people, midas, led=int(ready[0].stem) if a.led else None)
         save_pool(pool, out/ready[0].name, codes=pool.codes); drawn += 1
         for _ in range(EACH//3): people.replace(who := (who + 1) % EACH)
     print('drawn', drawn, 'files; people up to', people.next, flush=True)
@@ -83,7 +84,7 @@ def joint(a):
     torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.cache_size_limit = False, 64           # two lengths of sequences: compiled once each
     born, device, out = time.time(), join_ranks(a.device), Path(a.out)
     midas = T.new_midas('tiny', a.start_from, weights=a.weights, anew=bool(a.start_from)).to(device)
-    pool = Grow(a.pool, device, a.least, led=a.led, mishear=a.mishear)
+    pool = Grow(a.pool, device, a.least, led=a.led, mishear=a.mishear, pairs=bool(a.pairs))
     recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, own_steps=a.own_steps, t_kind=a.times, astray=a.astray, blind=.12, reader=(.3, .15), short=a.short, rollout=a.rollout, renew=a.renew)
     trainer, plan, lead = T.JointTrainer(midas, pool.activity(), recipe, fast=device != 'cpu'), T.Plan((a.rows, 16), (a.rows, 16), starts=.3), rank() == 0
     if a.resume: T.load_run(trainer, a.resume)
@@ -112,8 +113,8 @@ def main():
         q = kinds.add_parser(f.__name__, help=f.__doc__); q.set_defaults(run=f); q.add_argument('--weights', default=str(WEIGHTS), help='folder of codec/ and audio.safetensors')
         for name, default in options: q.add_argument(name, **({} if default is None else dict(default=default, type=type(default))))
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
-    kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3), ('--led', 0))
-    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--led', .3), ('--mishear', 0.), ('--least', 12), ('--resume', ''))
+    kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3), ('--led', 0), ('--pairs', 0))
+    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--led', .3), ('--mishear', 0.), ('--least', 12), ('--resume', ''), ('--pairs', 0))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)
 

@@ -54,6 +54,10 @@ class Scenes:
         "Every n-th scene, from the k-th on."
         return replace(self, motion=self.motion[k::n], audio=self.audio[k::n], words=self.words[k::n])
 
+    def twice(self):
+        "Every scene twice in a row, for two people to play."
+        return replace(self, **{k: getattr(self, k).repeat_interleave(2, 0) for k in ('motion', 'audio', 'words')})
+
     def save(self, path):
         "One safetensors file."
         from safetensors.torch import save_file
@@ -159,6 +163,7 @@ class Pool:
     apart:Tensor|None=None  # whether head, and mood, differ there, bool (s, 2)
     led:float=.3            # share of sequences that look back on that, if there is one
     mishear:float=0.        # share of audio tokens that are replaced by one of the six nearest
+    pairs:bool=False        # rows 2k and 2k+1 are one scene, played by two people (`Scenes.twice`)
 
     def __len__(self): return len(self.latents)
 
@@ -172,7 +177,7 @@ class Pool:
         chunks:int,            # chunks of each
         frames:int=6,          # frames of a chunk
         generator=None,        # on the device of the pool
-    )->tuple:                  # latents (b, t, c, h, w), reference (b, c, h, w), signals (perhaps with 'past' (b, t, c, h, w) and 'sure'), face (b, t, r)
+    )->tuple:                  # latents (b, t, c, h, w), reference (b, c, h, w), signals (perhaps with 'past' (b, t, c, h, w) and 'sure', and 'other' (b, t, c, h, w), what is different when somebody else plays it), face (b, t, r)
         "Random windows."
         dev, (s, t) = self.latents.device, self.latents.shape[:2]
         draw, coin = (lambda n: torch.randint(n, (rows,), generator=generator, device=dev)), lambda share, *s: torch.rand(*(s or (rows,)), generator=generator, device=dev) < share
@@ -191,6 +196,7 @@ class Pool:
         ids = at(self.audio, per_token)
         if self.mishear: ids = torch.where(coin(self.mishear, *ids.shape), self.near[ids, torch.randint(self.near.shape[1], ids.shape, generator=generator, device=dev)], ids)
         signals = dict(audio=self.codes[ids], pose=Motion(at(self.velocity), at(self.known), moved), text=self.text[scene[:, None], chunk_of].long())
+        if self.pairs: signals['other'] = self.latents[(scene ^ 1)[:, None], start[:, None] + torch.arange(span, device=dev)].float() - x
         if self.past is not None: signals |= dict(past=torch.where(led.any(1)[:, None, None, None, None], at(self.past).float(), x), sure=dict(pose=led[:, 0], text=led[:, 1]))
         return x, self.reference[scene, who].float(), signals, at(self.face)
 
@@ -376,12 +382,14 @@ def lead_astray(
     share:float,       # of the sequences
     generator,         # on their device
     noise:float=.5,    # largest deviation of the random error; each sequence draws its own, from 0 on
-    others:float=1.,   # most of the way to the mean looks of the row before, in a random half of the places
+    others:float=1.,   # most of the way to the looks of somebody else, in a random half of the places
+    other:Tensor|None=None,  # what is different when somebody else plays the same, (b, t, c, h, w); None: what the mean of the row before has different
 )->Tensor:             # the same shape
-    "Add to some sequences an error that is the same in all frames: random, and here and there towards somebody else."
+    "Add to some sequences an error that lasts: random, and here and there towards somebody else."
     rand, looks = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents), latents.mean(1, keepdim=True)
+    if other is None: other = looks.roll(1, 0) - looks
     where = rand(torch.rand, 1, 1, *latents.shape[3:]) < .5                                # hair may turn into somebody else's, and the wall stay
-    error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*(looks.roll(1, 0) - looks)
+    error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*other
     return latents + (rand(torch.rand, 1, 1, 1, 1) < share)*error
 
 
@@ -427,7 +435,7 @@ class Past:
         for _ in range(passes):                                                                                     # own frames, then such as follow from own frames, ...
             own = own_frames(self.model, x, reference, signals, self.g, self.r.own_steps, self.cpu).to(x)
             x = torch.where(coin(*x.shape[:2], 1, 1, 1) < self.r.own, like(own, reference, self.model.looks), latents)
-        x = lead_astray(x, self.r.astray, self.g) if self.r.astray else x
+        x = lead_astray(x, self.r.astray, self.g, other=signals.get('other')) if self.r.astray else x
         blind = coin(len(x), 1, 1, 1, 1) < self.r.blind
         return torch.where(blind, torch.randn(x.shape, generator=self.g, device=self.device).to(x), x)
 
