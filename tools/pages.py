@@ -32,7 +32,7 @@ def execute(path, slow):
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
 
     nb, start = nbformat.read(path, 4), time.time()
-    Client(nb, timeout=1800, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}, record_timing=False).execute()
+    Client(nb, timeout=3600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}, record_timing=False).execute()
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
         cell.execution_count = None
