@@ -78,7 +78,7 @@ def test_reference_is_of_the_same_scene_and_of_the_start(frames):
         assert torch.equal(r, p.reference[scene, start*many//36])
 
 def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing):
-    "The k-th portrait of a scene has the pose of the frame before the k-th chunk, closed lips and open eyes; the odd ones its mood, too."
+    "The k-th portrait of a scene has the pose of the frame before the k-th part, closed lips and open eyes; one in four its mood, too."
     from types import SimpleNamespace
     from midas_ref.data.portraits import MOTION, Identity, bake
     seen = []
@@ -87,14 +87,14 @@ def test_portraits_look_where_their_part_of_the_scene_begins(scenes, hearing):
         def draw(self, who, m): seen.append(m); return torch.zeros(*m.shape[:2], 3, 64, 64)
     codec = SimpleNamespace(mean=torch.zeros(1), encode=lambda x, check: torch.zeros(*x.shape[:2], 128, 1, 1), fingerprint=lambda decoder: 'x')
     cfg = dataclasses.replace(small(), frames_per_chunk=6)
-    pool = draw_pool(scenes, People(), SimpleNamespace(codec=codec, audio=hearing, cfg=cfg), together=1)
-    assert pool.reference.shape[:2] == (2, 3)
-    for k, drawn in enumerate(torch.cat(seen, 1)[0].split(18 + 3)):
+    pool = draw_pool(scenes, People(), SimpleNamespace(codec=codec, audio=hearing, cfg=cfg), references=6, together=1)
+    assert pool.reference.shape[:2] == (2, 6)
+    for k, drawn in enumerate(torch.cat(seen, 1)[0].split(18 + 6)):
         truth, portraits = drawn[:18], drawn[18:]
         for i, r in enumerate(portraits):
-            at, same = truth[max(0, 6*i - 1)], lambda *names: torch.allclose(r[[MOTION.index(n) for n in names]], at[[MOTION.index(n) for n in names]])
+            at, same = truth[max(0, 3*i - 1)], lambda *names: torch.allclose(r[[MOTION.index(n) for n in names]], at[[MOTION.index(n) for n in names]])
             assert same('yaw', 'pitch', 'roll', 'tx', 'ty', 'tz', 'gaze_x', 'gaze_y') and not r[[MOTION.index(n) for n in ('open', 'jaw', 'blink_l', 'blink_r')]].any()
-            assert same('smile', 'squint', 'furrow', 'brow_l', 'brow_r') or i % 2 == 0
+            assert same('smile', 'squint', 'furrow', 'brow_l', 'brow_r') == (i % 4 == 3)
 
 def with_past(scenes=3, **shares):
     "A numbered pool whose second past lies 100,000 higher; in scene 0 the head is elsewhere, in scene 1 the mood, in scene 2 both."
@@ -560,14 +560,14 @@ def test_of_a_stream_the_drift_alone_is_taken(pool, monkeypatch):
     assert torch.equal(running_median(x, 1), x) and torch.equal(running_median(x, 3)[:, 4], x[:, 3:6].median(1).values) and torch.equal(running_median(x, 3)[:, 0], x[:, 0])
 
 def test_beginnings_count_more(pool):
-    "The first chunk has three times the weight of the others, the mean stays, and a plan draws short sequences now and then."
+    "The first chunk has four times the weight of the others, the mean stays, and a plan draws short sequences now and then."
     w = first_weight(12, 6, 3.).flatten()
     assert torch.equal(w[:6], torch.full((6,), 1.5)) and torch.equal(w[6:], torch.full((6,), .5))
     t, seen = fresh(pool), []
     whole = t.model.forward
     t.lengths[6].forward = lambda *a, **kw: seen.append(a[3]) or whole(*a, **kw)
     t.loss(pool.batch(2, 3), .1)
-    assert seen[0].shape[0] == 18 and torch.allclose(seen[0].mean(0), t.weight) and torch.allclose(seen[0][0], 3*seen[0][6])
+    assert seen[0].shape[0] == 18 and torch.allclose(seen[0].mean(0), t.weight) and torch.allclose(seen[0][0], t.r.first*seen[0][6]) and t.r.first == 4
     plan, g = Plan((8, 3), (4, 3), starts=.5, brief=1), torch.Generator().manual_seed(0)
     shapes = [plan.draw(pool, .1, 0., g)[0][0].shape[:2] for _ in range(40)]
     assert 10 < shapes.count((24, 6)) < 30 and set(shapes) == {(24, 6), (8, 18)}
