@@ -386,8 +386,8 @@ def lead_astray(
     other:Tensor|None=None,  # what is different when somebody else plays the same, (b, t, c, h, w); None: what the mean of the row before has different
 )->Tensor:             # the same shape
     "Add to some sequences an error that lasts: random, and here and there towards somebody else."
-    rand, looks = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents), latents.mean(1, keepdim=True)
-    if other is None: other = looks.roll(1, 0) - looks
+    rand = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents)
+    if other is None: looks = latents.mean(1, keepdim=True); other = looks.roll(1, 0) - looks
     where = rand(torch.rand, 1, 1, *latents.shape[3:]) < .5                                # hair may turn into somebody else's, and the wall stay
     error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*other
     return latents + (rand(torch.rand, 1, 1, 1, 1) < share)*error
