@@ -66,6 +66,20 @@ class StreamState:
         for t in (self.seen, *self.slots.values()): t[row] = 0
         if seed is not None: self.generators[row].manual_seed(seed)
 
+    def follow(self,
+        other,         # a state of the same model with as many rows
+        rows:Tensor,   # which of them, bool (b,)
+    ):
+        "Remember in these rows what `other` remembers there; random numbers stay."
+        if other.model() is not self.model() or len(other) != len(self): raise ValueError(f"A state of {len(self)} rows can follow one of the same model with as many; this one has {len(other)}{'' if other.model() is self.model() else ' and belongs to another model'}.")
+        if self.busy or other.busy: raise ValueError("An earlier call with one of these states failed half-way, so its caches disagree; start a new state.")
+        if not rows.any(): return
+        for k, t in other.slots.items():
+            if k not in self.slots:
+                with torch.inference_mode(False): self.slots[k] = torch.zeros_like(t)
+        for k, t in self.slots.items(): t[rows] = other.slots[k][rows] if k in other.slots else 0
+        self.seen[rows] = other.seen[rows]
+
 # %% ../nbs/01_streaming.ipynb #4f66392d
 def stack(
     states:list,  # states of one model, any number of rows each

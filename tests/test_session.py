@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
-from midas_ref.config import MEMORY_HOLD, MEMORY_LEVEL, PUT_RIGHT, preset
+from midas_ref.config import GUIDANCE, MEMORY_HOLD, MEMORY_LEVEL, PUT_RIGHT, preset
 from midas_ref.data.probes import Locator
 from midas_ref.inference.session import UNSURE, Session, StageClock, Wishes, draw_chunk, fit_looks, generate_offline, held, join_streams, open_streams, shares, split_streams, to_bytes
 from midas_ref.model.midas import Midas
@@ -177,6 +177,56 @@ def test_wishes_act_at_the_next_chunk_and_not_before(midas, sound):
         assert (got[:12] == plain[:12]).all(), wish
         later = got[13:] if 'level' in wish else got[12:]                         # a level shows in the frame after the one it noises
         assert (later != plain[-len(later):]).any(), wish
+
+def told(midas, texts):
+    "Captions of chunks as a signal; None where nothing is said."
+    ids = midas.read_text([t or 'x' for t in texts])[None]
+    for k, t in enumerate(texts):
+        if not t: ids[:, k] = 0
+    return dict(text=ids)
+
+LOUD = 60.   # words do little in a model with random weights
+
+def test_guided_stream_equals_the_slow_reference(midas, sound):
+    "Words that come late, change, stop and come again; what comes before them is as it was."
+    said = [None, 'laughing', 'sad', None, 'laughing']
+    s, plain, got = Session(midas, face(0), 3, overlap=False), Session(midas, face(0), 3, guidance=1), []
+    assert s.guidance == GUIDANCE > 1
+    s.guidance = LOUD
+    for k, t in enumerate(said):
+        for x in (s, plain): x.steer(text=t or '')
+        got.append((s.push(sound[k*N:(k+1)*N]), plain.push(sound[k*N:(k+1)*N])))
+    guided, once = (np.concatenate(g) for g in zip(*got))
+    for film, g in ((guided, LOUD), (once, 1.)):
+        slow = generate_offline(midas, face(0), torch.from_numpy(sound[:5*N]), told(midas, said), MEMORY_LEVEL, 3, guidance=g)
+        assert differ(film, np.stack([to_bytes(x) for x in slow])) <= 1
+    assert (guided[:6] == once[:6]).all() and differ(guided[6:12], once[6:12]) > 3
+    for wrong in (.5, 6, float('nan')):
+        with pytest.raises(ValueError, match='accepted: 1 to 5'): Session(midas, face(0), guidance=wrong)
+
+def test_a_second_memory_is_kept_only_while_there_are_words(midas, sound):
+    s = Session(midas, face(0), 3)
+    s.push(sound[:N]); without = s.streams.nbytes
+    s.steer(text='laughing'); s.push(sound[:N]); within = s.streams.nbytes
+    s.steer(text=''); s.push(sound[:N])
+    assert within == without + s.streams.model.nbytes and s.streams.nbytes == without and s.streams.bare is None
+
+def test_guided_rows_of_a_batch_equal_sessions_alone(midas, sound):
+    "Also where they fall silent at different times, join and part."
+    said = [('laughing', 'sad', None, 'sad', 'sad'), (None, 'laughing', 'laughing', 'sad', None), (None,)*5]
+    alone, first = ([Session(midas, face(i), i) for i in range(3)] for _ in range(2))
+    for a in (*alone, *first): a.guidance = LOUD
+    want = [np.concatenate([(a.steer(text=t or ''), a.push(sound[k*N:(k+1)*N]))[1] for k, t in enumerate(row)]) for a, row in zip(alone, said)]
+    got = [[(a.steer(text=row[0] or ''), a.push(sound[:N]))[1]] for a, row in zip(first, said)]
+    both, refs = join_streams([a.streams for a in first]), torch.cat([a.reference for a in first])
+    for k in (1, 2, 3):
+        signals = dict(text=torch.cat([told(midas, row[k:k+1])['text'] for row in said]))
+        for x in draw_chunk(midas, both, torch.from_numpy(sound[k*N:(k+1)*N])[None].expand(3, -1), refs, signals, MEMORY_LEVEL, guidance=LOUD):
+            for g, y in zip(got, x): g.append(to_bytes(y)[None])
+    for a, part, row, g in zip(first, split_streams(both), said, got):
+        assert (part.bare is None) == (row[3] is None)
+        a.streams = part; a.steer(text=row[4] or ''); g.append(a.push(sound[4*N:5*N]))
+    assert all(differ(np.concatenate(g), w) <= 1 for g, w in zip(got, want))
 
 def test_a_new_portrait_starts_anew(midas, sound):
     s = Session(midas, face(0), 5); s.steer(text='x'); s.push(sound[:2*N + 500]); s.steer(text='')

@@ -150,6 +150,22 @@ def test_reset_with_seed_is_a_fresh_row():
     assert torch.equal(s.randn(5)[1], StreamState(m, 1, 9).randn(5)[0])
     assert (m(x, s)[1] - m(x)[1]).abs().max() < 1e-6
 
+def test_follow():
+    "Rows asked for go on as the other's; the rest, the random numbers and the other state stay; states that cannot are refused."
+    m, x = net(), torch.randn(3, 6, 3, 5, 7)
+    a, b = m.init_state(3, 1), m.init_state(3, 5)
+    m(x[:, :4], a); m(x[:, 2:3], b)
+    c = m.init_state(3, 5); m(x[:, 2:3], c)
+    b.follow(a, torch.tensor([True, False, True]))
+    y, want, rest = m(x[:, 4:], b), m(x[:, 4:], a), m(x[:, 4:], c)
+    assert torch.equal(y[[0, 2]], want[[0, 2]]) and torch.equal(y[1], rest[1]) and not torch.allclose(y[1], want[1])
+    assert b.seen.tolist() == [6, 3, 6] and torch.equal(b.randn(4), c.randn(4))
+    new = m.init_state(3); new.follow(m.init_state(3), torch.ones(3, dtype=torch.bool)); assert not new.slots
+    a.follow(m.init_state(3), torch.tensor([False, True, False]))                     # who follows nobody begins anew
+    assert torch.equal(m(x[:, :2], a)[1], m(x[:, :2], m.init_state(3))[1])
+    for other, said in ((m.init_state(2), 'has 2'), (net().init_state(3), 'another model')):
+        with pytest.raises(ValueError, match=said): a.follow(other, torch.ones(3, dtype=torch.bool))
+
 def test_slots_made_in_inference_mode_serve_afterwards():
     m, x = net(), torch.randn(1, 4, 3, 4, 4)
     s = m.init_state()

@@ -51,7 +51,8 @@ def draw(a):
         try: (out/f'{ready[0].stem}.taken').open('x').close()                        # mine; two may have seen it free
         except FileExistsError: continue
         scenes = T.Scenes.load(ready[0])
-        pool = T.draw_pool(scenes.twice() if a.pairs else scenes, people, midas, led=int(ready[0].stem) if a.led else None)
+        pool = T.draw_pool(scenes.twice() if a.pairs else scenes, people, midas, led=int(ready[0].stem) if a.led and int(ready[0].stem) % a.led == 0 else None)
+        if a.led and pool.past is None: pool.past, pool.apart = pool.latents.clone(), torch.zeros(len(pool), 2, dtype=torch.bool, device=a.device)
         save_pool(pool, out/ready[0].name, codes=pool.codes); drawn += 1
         for _ in range(EACH//3): people.replace(who := (who + 1) % EACH)
     print('drawn', drawn, 'files; people up to', people.next, flush=True)

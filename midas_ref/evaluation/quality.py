@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from einops import rearrange
-from ..config import MEMORY_HOLD, MEMORY_LEVEL
+from ..config import GUIDANCE, MEMORY_HOLD, MEMORY_LEVEL
 from ..metrics import lagged_correlation, pearson, psnr
 from ..data.portraits import MOTION, bake, keypoints, pose, regions
 from ..data.speech import HELD_OUT_LANGUAGES, MOUTH, Speech, segments, viseme
@@ -282,6 +282,7 @@ def in_rows(
     frames:int|None=None,    # of a chunk
     hold:float|None=None,    # see `Session`
     right:float|None=None,   # likewise
+    guidance:float=GUIDANCE, # likewise
     most:int=32,             # rows at once
 ):                           # yields (number of the job, uint8 (t, h, w, 3)), in any order
     "Streams of many scenes as rows of one batch."
@@ -302,7 +303,7 @@ def in_rows(
                 for w, c, t in zip(wishes, cases, told):
                     if 'text' in t: w.steer(text=c.words[min(k//7680, len(c.words) - 1)])
                 heard = np.stack([np.pad(part := np.asarray(c.samples[k:k+n], np.float32), (0, n - len(part))) for c in cases])
-                for x in draw_chunk(midas, streams, torch.from_numpy(heard).to(reference.device), reference, side_by_side([w.signals() for w in wishes], midas), level, steps, hold=hold):
+                for x in draw_chunk(midas, streams, torch.from_numpy(heard).to(reference.device), reference, side_by_side([w.signals() for w in wishes], midas), level, steps, hold=hold, guidance=guidance):
                     for film, y in zip(films, x): film.append(to_bytes(y))
                 for w, y in zip(wishes, x): w.look(y)
             yield from ((i, np.stack(film)[:len(c.motion)]) for i, film, c in zip(rows, films, cases))

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['UNSURE', 'Streams', 'open_streams', 'join_streams', 'split_streams', 'moving_people', 'draw_looks', 'fit_looks',
-           'shares', 'fit_locator', 'StageClock', 'untimed', 'FrameCalls', 'two_cores', 'beside', 'draw_chunk',
-           'generate_offline', 'Course', 'Wishes', 'Session', 'to_bytes', 'picture']
+           'shares', 'fit_locator', 'StageClock', 'untimed', 'wordless', 'FrameCalls', 'two_cores', 'beside',
+           'draw_chunk', 'generate_offline', 'Course', 'Wishes', 'Session', 'to_bytes', 'picture']
 
 # %% ../../nbs/inference/60_session.ipynb #55c9dc10
 import os, time
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from einops import rearrange
-from ..config import MEMORY_HOLD, MEMORY_LEVEL, PUT_RIGHT
+from ..config import GUIDANCE, MEMORY_HOLD, MEMORY_LEVEL, PUT_RIGHT
 from ..metrics import latency
 from ..streaming import StreamState, record, stack, unstack
 from ..data.clips import MOODS
@@ -24,7 +24,7 @@ from ..data.probes import Locator, fit_map
 from ..codec.stream import decode_frame
 from ..conditions.audio import check_audio
 from ..conditions.pose import Motion
-from ..model.midas import Midas, held
+from ..model.midas import Midas, has_words, held
 
 # %% ../../nbs/inference/60_session.ipynb #518c07f0
 @dataclass
@@ -34,9 +34,11 @@ class Streams:
     model:StreamState     # of the joint model
     decoder:StreamState   # of the codec's decoder
     kept:dict|None=None   # recordings of calls that change them, see `FrameCalls`; None: nothing is recorded
+    bare:StreamState|None=None  # of the joint model, had it been told no words; see `wordless`
+    told:Tensor|None=None       # which rows were told words in the last chunk, bool (b,); None: none
 
     def __len__(self): return len(self.model)
-    def states(self): return [self.audio, self.model, self.decoder]
+    def states(self): return [self.audio, self.model, self.decoder, *([] if self.bare is None else [self.bare])]
     @property
     def nbytes(self): return sum(s.nbytes for s in self.states())   # bytes held
 
@@ -54,13 +56,20 @@ def join_streams(
     parts:list,            # `Streams` of one model
 )->Streams:                # their rows in order (copies)
     "Several sessions as one batch."
-    return Streams(*(stack([getattr(p, k) for p in parts]) for k in ('audio', 'model', 'decoder')))
+    out = Streams(*(stack([getattr(p, k) for p in parts]) for k in ('audio', 'model', 'decoder')))
+    if any(p.told is not None for p in parts):
+        out.bare = stack([p.model if p.told is None else p.bare for p in parts])
+        out.told = torch.cat([torch.zeros(len(p), dtype=torch.bool, device=out.model.device) if p.told is None else p.told for p in parts])
+    return out
 
 def split_streams(
     streams:Streams,
 )->list:                   # one `Streams` for each row (copies)
     "A batch as single sessions."
-    return [Streams(*row) for row in zip(*(unstack(getattr(streams, k)) for k in ('audio', 'model', 'decoder')))]
+    rows = [Streams(*row) for row in zip(*(unstack(getattr(streams, k)) for k in ('audio', 'model', 'decoder')))]
+    for row, bare, told in zip(rows, unstack(streams.bare), streams.told) if streams.told is not None else ():
+        if told: row.bare, row.told = bare, told[None]
+    return rows
 
 # %% ../../nbs/inference/60_session.ipynb #8f34a8d7
 def moving_people(
@@ -163,6 +172,23 @@ class StageClock:
 @contextmanager
 def untimed(stage): yield
 
+# %% ../../nbs/inference/60_session.ipynb #4d36a499
+@torch.no_grad()
+def wordless(
+    midas:Midas,       # or one of its `with_frames`
+    streams:Streams,   # rows of this model; `bare` is brought to where it must be
+    signals:dict,      # of one chunk
+)->Tensor|None:        # which rows are told words, bool (b,); None: none of them
+    "Prepare the second reading of a chunk."
+    told = None if signals.get('text') is None else has_words(signals['text'])[:, 0]
+    if told is None or not told.any():
+        streams.told, streams.bare = None, streams.bare if streams.kept is not None else None    # recordings know where it lies
+        return None
+    if streams.bare is None: streams.bare = midas.init_state(len(streams))
+    streams.bare.follow(streams.model, torch.ones_like(told) if streams.told is None else ~streams.told)
+    streams.told = told
+    return told
+
 # %% ../../nbs/inference/60_session.ipynb #37769b04
 class FrameCalls:
     "The calls of a frame: where the streams keep recordings, recorded on first use and replayed from then on, elsewhere made as they are."
@@ -170,13 +196,14 @@ class FrameCalls:
         midas:Midas,           # or one of its `with_frames`
         streams:Streams,       # rows of this model
         steps:int|None=None,   # denoising steps
+        guidance:float=1.,     # how many times as far as words lead by themselves
     ):
-        self.midas, self.streams, self.steps = midas, streams, steps
+        self.midas, self.streams, self.steps, self.guidance = midas, streams, steps, guidance
 
     def call(self, f, *inputs):
         kept, name = self.streams.kept, (f.__name__, self.steps)
         if kept is None: return f(*inputs)
-        if name not in kept: kept[name] = record(f, inputs, [self.streams.model, self.streams.decoder])
+        if name not in kept: kept[name] = record(f, inputs, self.streams.states()[1:])
         graph, places, out = kept[name]
         for place, x in zip(places, inputs): place.copy_(x)
         graph.replay()
@@ -184,11 +211,23 @@ class FrameCalls:
 
     def follow(self, z, noise): return self.midas.draw(z, self.streams.model, self.steps, noise)
     def read(self, x0, ids, noise): return self.midas.accept(x0, self.streams.model, ids, noise=noise)
+    def read_bare(self, x0, ids, noise): return self.midas.accept(x0, self.streams.bare, ids, noise=noise)
     def show(self, z): return decode_frame(self.midas.codec, z, self.streams.decoder, check=False)
 
     def noise(self, like): return self.streams.model.randn(self.midas.layout.frame_tokens, self.midas.cfg.codec.latent_channels, dtype=like.dtype)
     def draw(self, z): return self.call(self.follow, z, self.noise(z))                                         # as `Midas.draw`
-    def accept(self, x0, level): return self.call(self.read, x0, torch.as_tensor(level, device=x0.device).expand(len(x0)), self.noise(x0))   # as `Midas.accept`, but for the last frame of a chunk
+    def prefill(self, signals, reference):                                                                     # as `Midas.prefill`
+        self.told = wordless(self.midas, self.streams, signals) if self.guidance != 1 else None
+        z = self.midas.prefill(signals, reference, self.streams.model)
+        return z if self.told is None else self.lead(z, self.midas.prefill({k: v for k, v in signals.items() if k != 'text'}, reference, self.streams.bare))
+    def lead(self, z, bare): return torch.where(self.told[:, None, None], torch.lerp(bare, z, self.guidance), z)
+    def accept(self, x0, level, last=False):                                                                   # as `Midas.accept`
+        ids, noise = torch.as_tensor(level, device=x0.device).expand(len(x0)), self.noise(x0)
+        if last:
+            for s in [self.streams.model] if self.told is None else [self.streams.model, self.streams.bare]: self.midas.accept(x0, s, ids, True, noise)
+            return
+        z = self.call(self.read, x0, ids, noise)
+        return z if self.told is None else self.lead(z, self.call(self.read_bare, x0, ids, noise))
     def decode(self, z): return self.call(self.show, z)                                                        # as `decode_frame`
 
 # %% ../../nbs/inference/60_session.ipynb #f5cd6587
@@ -223,19 +262,20 @@ def draw_chunk(
     clock=untimed,         # a `StageClock`
     pool=None,             # an executor that decodes while the next frame is drawn; None: one after the other
     hold:float=0.,         # how firmly what is remembered keeps the looks of the portrait, see `held`
+    guidance:float=1.,     # how many times as far as words lead by themselves
 ):
     "Yield the frames of a chunk, each (b, 3, h, w) in [-1, 1]."
-    f, calls, portrait = midas.layout.frames, FrameCalls(midas, streams, steps), rearrange(reference, 'b c h w -> b (h w) c')
+    f, calls, portrait = midas.layout.frames, FrameCalls(midas, streams, steps, guidance), rearrange(reference, 'b c h w -> b (h w) c')
     def decode(x0):
         with torch.no_grad(), clock('decode'):                # `no_grad` does not reach into another thread
             return calls.decode(rearrange(x0, 'b (h w) c -> b c h w', h=reference.shape[2]))
     with clock('audio'): heard = midas.audio(samples, streams.audio).vectors
-    with clock('prefill'): z = midas.prefill(signals | {'audio': heard.to(reference)}, reference, streams.model)
+    with clock('prefill'): z = calls.prefill(signals | {'audio': heard.to(reference)}, reference)
     with clock('head'): x0 = calls.draw(z)
     def after(x0, i):                                         # read a frame back, and draw the next
         with clock('step'):
             if hold: x0 = held(x0, portrait, hold, midas.looks)
-            z = calls.accept(x0, level) if i < f-1 else midas.accept(x0, streams.model, level, True)
+            z = calls.accept(x0, level, i == f-1)
         if i < f-1:
             with clock('head'): return calls.draw(z)
     for i in range(f):
@@ -256,6 +296,7 @@ def generate_offline(
     level:int=0,          # noise level at which frames are remembered
     seed:int=0,           # of the noise
     hold:float=0.,         # how firmly what is remembered keeps the looks of the portrait, see `held`
+    guidance:float=1.,     # how many times as far as words lead by themselves
 )->Tensor:                # (t, 3, h, w) in [-1, 1]
     "The slow reference: no cache anywhere, the whole mask for every frame."
     f, n, c = midas.layout.frames, midas.layout.frame_tokens, midas.cfg.codec.latent_channels
@@ -264,10 +305,15 @@ def generate_offline(
     reference = midas.codec.encode(portrait[None, None])[:, 0]
     latents, noise = reference.new_zeros(1, chunks*f, *reference.shape[1:]), reference.new_zeros(1, chunks*f, n, c)
     past, back = latents.clone(), lambda x: rearrange(x, 'b (h w) c -> b c h w', h=reference.shape[2])
-    ids = torch.full((1, chunks*f), level, device=latents.device)
+    ids, signals = torch.full((1, chunks*f), level, device=latents.device), (signals or {}) | {'audio': heard}
+    told = has_words(signals['text'])[0].tolist() if 'text' in signals else [False]*chunks
+    def hidden(t, text=None): return midas.hidden(midas.embed(past, reference, signals | ({} if text is None else {'text': text}), ids, noise)[0])[:, t]
     for t in range(chunks*f):
-        tokens, _ = midas.embed(past, reference, (signals or {}) | {'audio': heard}, ids, noise)
-        z = midas.hidden(tokens)[:, t]
+        z, k = hidden(t), t//f
+        if told[k] and guidance != 1:
+            since = next((j + 1 for j in range(k, -1, -1) if not told[j]), 0)       # from here on there were words
+            bare = signals['text'].clone(); bare[:, since:] = 0
+            z = torch.lerp(hidden(t, bare), z, guidance)
         x0 = midas.denoise(midas.face(reference), z, state.randn(n, c, dtype=z.dtype))
         latents[:, t], noise[:, t] = back(x0), state.randn(n, c, dtype=x0.dtype)
         past[:, t] = back(held(x0, rearrange(reference, 'b c h w -> b (h w) c'), hold, midas.looks)) if hold else latents[:, t]
@@ -368,13 +414,15 @@ class Session(Wishes):
         fast:bool=False,         # on a GPU: record the calls of a frame as CUDA graphs, which takes some seconds in the first chunk; elsewhere no difference
         hold:float|None=None,    # how firmly what is remembered keeps the looks of the portrait, or all of it where the model has no gain, 0 to 1; None: as usual, if the model can tell looks from movement, else 0
         right:float|None=None,   # share of what a head is beside its way that the next chunk is told to make good, 0 to 1; None: as usual, if the model has a locator, else 0
+        guidance:float=GUIDANCE, # how many times as far as words lead by themselves, 1 to 5: more is obeyed more and looks less natural; 1 costs no second reading
     ):
+        if not 1 <= guidance <= 5: raise ValueError(f"guidance is {guidance}; accepted: 1 to 5.")
         if hold is None: hold = MEMORY_HOLD if midas.looks is not None else 0.
         if not 0 <= hold <= 1: raise ValueError(f"hold is {hold}; accepted: 0 to 1.")
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level, right)
         if overlap is None: overlap = two_cores(midas.sigmas.device)
         self.seed, self.steps, self.clock, self.pool, self.fast, self.streams = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None
-        self.hold = hold
+        self.hold, self.guidance = hold, guidance
         self.show(portrait)
 
     def show(self, portrait):
@@ -388,7 +436,8 @@ class Session(Wishes):
         self.buffer, self.given, self.drawn, self.current = np.zeros(0, np.float32), 0, 0, None
         self.begin(self.portrait)
         if self.streams and self.streams.kept and not any(s.busy for s in self.streams.states()):      # recordings know where these streams lie: keep them
-            for s, seed in zip(self.streams.states(), (0, self.seed, 0)): s.reset(0, seed)
+            for s, seed in zip(self.streams.states(), (0, self.seed, 0, 0)): s.reset(0, seed)
+            self.streams.told = None
         else: self.streams = open_streams(self.midas, 1, self.seed, self.fast)
 
     def stream(self,
@@ -404,7 +453,7 @@ class Session(Wishes):
         while self.current or len(self.buffer) >= n:
             if not self.current:
                 chunk, self.buffer = torch.from_numpy(self.buffer[:n])[None].to(self.reference.device), self.buffer[n:]
-                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.hold)
+                self.current = draw_chunk(self.midas, self.streams, chunk, self.reference, self.signals(), self.level, self.steps, self.clock, self.pool, self.hold, self.guidance)
             for x in self.current:                                     # it outlives this generator, if the caller stops in the middle
                 self.last = x[0]
                 if limit is None or self.drawn < limit: self.drawn += 1; yield to_bytes(x[0])

@@ -382,13 +382,14 @@ def lead_astray(
     share:float,       # of the sequences
     generator,         # on their device
     noise:float=.5,    # largest deviation of the random error; each sequence draws its own, from 0 on
-    others:float=1.,   # most of the way to the looks of somebody else, in a random half of the places
+    others:float=1.,   # most of the way to the looks of somebody else, in some of the places
     other:Tensor|None=None,  # what is different when somebody else plays the same, (b, t, c, h, w); None: what the mean of the row before has different
 )->Tensor:             # the same shape
     "Add to some sequences an error that lasts: random, and here and there towards somebody else."
     rand = lambda kind, *s: kind(len(latents), *s, generator=generator, device=latents.device).to(latents)
+    many = .5 if other is None else rand(torch.rand, 1, 1, 1, 1)                           # share of the places: with the same movement even all of them may be somebody else's
     if other is None: looks = latents.mean(1, keepdim=True); other = looks.roll(1, 0) - looks
-    where = rand(torch.rand, 1, 1, *latents.shape[3:]) < .5                                # hair may turn into somebody else's, and the wall stay
+    where = rand(torch.rand, 1, 1, *latents.shape[3:]) < many                              # hair may turn into somebody else's, and the wall stay
     error = noise*rand(torch.rand, 1, 1, 1, 1)*rand(torch.randn, 1, *latents.shape[2:]) + others*rand(torch.rand, 1, 1, 1, 1)*where*other
     return latents + (rand(torch.rand, 1, 1, 1, 1) < share)*error
 
