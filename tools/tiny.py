@@ -41,7 +41,7 @@ def scenes(a):
 
 @torch.no_grad()
 def draw(a):
-    "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; several processes may share the work."
+    "Every file of scenes becomes a file of the pool, played by people of whom up to a third are new each time; several processes may share the work. With --led N every N-th file has also pasts that are elsewhere, with --pairs 1 two people play each scene."
     source, out = Path(a.scenes), Path(a.out); out.mkdir(parents=True, exist_ok=True)
     midas = T.new_midas('tiny', weights=a.weights).to(a.device)
     people, who, drawn = People(EACH, mouth_pool(1), a.first, a.device, workers=a.workers, bake_on='cpu', freckled=a.freckled), 0, 0
