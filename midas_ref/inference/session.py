@@ -421,8 +421,7 @@ class Session(Wishes):
         if not 0 <= hold <= 1: raise ValueError(f"hold is {hold}; accepted: 0 to 1.")
         super().__init__(midas if frames in (None, midas.cfg.frames_per_chunk) else midas.with_frames(frames), level, right)
         if overlap is None: overlap = two_cores(midas.sigmas.device)
-        self.seed, self.steps, self.clock, self.pool, self.fast, self.streams = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None
-        self.hold, self.guidance = hold, guidance
+        self.seed, self.steps, self.clock, self.pool, self.fast, self.streams, self.hold, self.guidance = seed, steps, clock, ThreadPoolExecutor(1, 'decoder') if overlap else None, fast, None, hold, guidance
         self.show(portrait)
 
     def show(self, portrait):
@@ -436,8 +435,7 @@ class Session(Wishes):
         self.buffer, self.given, self.drawn, self.current = np.zeros(0, np.float32), 0, 0, None
         self.begin(self.portrait)
         if self.streams and self.streams.kept and not any(s.busy for s in self.streams.states()):      # recordings know where these streams lie: keep them
-            for s, seed in zip(self.streams.states(), (0, self.seed, 0, 0)): s.reset(0, seed)
-            self.streams.told = None
+            for s, seed in zip(self.streams.states(), (0, self.seed, 0, 0)): s.reset(0, seed)     # `bare` and `model` alike: both empty
         else: self.streams = open_streams(self.midas, 1, self.seed, self.fast)
 
     def stream(self,
