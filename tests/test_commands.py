@@ -88,3 +88,7 @@ def test_shards_to_codec_and_latents(capsys, tmp_path):
     ('bench draw --calls 2 --frames 2 --size 64 --device cpu', 'frames/s; a call: median'),
 ])
 def test_benchmarks(capsys, line, said): assert said in ok(capsys, *line.split())
+
+def test_guidance_is_what_sessions_use():
+    from midas_ref.config import GUIDANCE
+    assert cli.GUIDANCE[1]['default'] == GUIDANCE

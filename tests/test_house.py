@@ -108,3 +108,9 @@ def test_leaked_global_is_found(tmp_path):
     bad = tmp_path/'leak.py'; bad.write_text('def f(): return leaked_from_notebook\n')
     r = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--config', ROOT/'pyproject.toml', bad], capture_output=True, text=True)
     assert r.returncode == 1 and 'F821' in r.stdout, r.stdout + r.stderr
+
+def test_a_clone_stays_small():
+    "Tracked files are under 72 MiB in all."
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip('no git checkout')
+    assert sum((ROOT/f).stat().st_size for f in listed.stdout.split('\0') if f and (ROOT/f).is_file()) < 72*2**20
