@@ -1104,6 +1104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'midas_ref/evaluation/quality.py'),
                                               'midas_ref.evaluation.quality.Case.samples': ( 'evaluation/quality.html#case.samples',
                                                                                              'midas_ref/evaluation/quality.py'),
+                                              'midas_ref.evaluation.quality.Case.since': ( 'evaluation/quality.html#case.since',
+                                                                                           'midas_ref/evaluation/quality.py'),
                                               'midas_ref.evaluation.quality.Case.times': ( 'evaluation/quality.html#case.times',
                                                                                            'midas_ref/evaluation/quality.py'),
                                               'midas_ref.evaluation.quality.Performer': ( 'evaluation/quality.html#performer',

@@ -240,6 +240,28 @@ def test_long_run_sees_what_was_lost(case):
     turned = take(dict(open=m[:, 1], identity=np.where(np.arange(24)[:, None] < 12, np.eye(64, dtype=np.float32)[0], np.eye(64, dtype=np.float32)[1])), case.script, m)
     assert Q.endure(turned, turned, case, ref)['identity_ratio'] > 20
 
+def test_late_stream_is_compared_with_one_that_begins_then(case):
+    "Noise of the long run over frames that a fresh stream draws well is age; where both are bad, it is the scene."
+    m, ref, cut = case.motion.numpy(), torch.eye(64)[0], case.since(12)
+    calm = lambda c, x, n: take(dict(open=x[:, 1], lids=np.zeros(n)), c.script, x)
+    rng = np.random.default_rng(0)
+    noisy = lambda x, s: np.clip(x + rng.normal(0, s, x.shape), 0, 255).round().astype(np.uint8)
+    old = replace(calm(case, m, 24), kept={i: noisy(case.film[i], 4 if i < 12 else 12) for i in range(24)})
+    for s, age in ((4, 20*math.log10(3)), (12, 0)):
+        fresh = replace(calm(cut, m[12:], 12), kept={i: noisy(case.film[12 + i], s) for i in range(12)})
+        out = Q.endure(old, old, case, ref, fresh)
+        assert out['eyes_drop'] > 8 and out['eyes_age'] == pytest.approx(age, abs=1) and out['mouth_age'] == pytest.approx(age, abs=1)
+    assert 'eyes_age' not in Q.endure(old, old, case, ref)
+
+def test_scene_from_a_frame_on(case):
+    "Sound, truth, velocities and words of the same moments, and a portrait of what it looks like then."
+    late = case.since(12)
+    assert late.script.seconds == pytest.approx(.96) and len(late.motion) == 12 and torch.equal(late.motion, case.motion[12:]) and torch.equal(late.velocity, case.velocity[12:])
+    assert late.words == case.words[2:] and np.array_equal(late.samples, case.samples[15360:]) and np.array_equal(late.film, case.film[12:])
+    assert torch.equal(case.since(0).portrait, case.driven.portrait) and not torch.equal(late.portrait, case.portrait)
+    for bad in (7, 24, -6):
+        with pytest.raises(ValueError, match='in steps of 6'): case.since(bad)
+
 # all together
 
 def test_exam_to_table_and_json(case, monkeypatch):

@@ -189,6 +189,13 @@ class Case:
         shown = torch.cat([reference_motion(self.script.seed)[0, 0, :len(MOUTH)].to(self.motion), self.motion[0, len(MOUTH):]])
         return replace(self, portrait=pose(self.layers, shown[None, None])[0, 0].clamp(-1, 1))
 
+    def since(self, frame:int):
+        "The same scene from a frame on, the first of a chunk, with a portrait that looks where it begins then."
+        if frame % CHUNK_FRAMES or not 0 <= frame < len(self.motion): raise ValueError(f"A beginning at frame {frame} was asked for; accepted: 0 to {len(self.motion) - 1}, in steps of {CHUNK_FRAMES}.")
+        at = round(frame/FPS*16000)
+        script = replace(self.script, samples=self.script.samples[at:], seconds=self.script.seconds - frame/FPS)
+        return replace(self, script=script, motion=self.motion[frame:], velocity=self.velocity[frame:], words=self.words[frame//CHUNK_FRAMES:]).driven
+
 def make_case(
     script:Script,       # a scene of whole chunks
     device='cpu',        # where to draw
@@ -454,20 +461,22 @@ def endure(
     driven:Take,       # of the same with pose and words
     case:Case,         # the scene
     portrait:Tensor,   # identity of the portrait, (64,)
+    fresh:Take|None=None,  # of `Case.since` for the last seconds, driven; None: not played
 )->dict:
-    "The end of a long run against its beginning."
+    "The end of a long run against its beginning, and against a stream that begins there."
     n, out = len(case.motion), dict(seconds=len(case.motion)/FPS)
     edge, half = min(125, n//4), min(375, n//2)                    # ten seconds, half a minute
-    def picture(numbers, region):                                  # mean PSNR in dB
-        numbers = [i for i in numbers if i in driven.kept and max(driven.truth('blink_l')[i], driven.tracks['lids'][i]) < .3]
+    def picture(take, numbers, region):                            # mean PSNR in dB
+        numbers = [i for i in numbers if i in take.kept and max(take.truth('blink_l')[i], take.tracks['lids'][i]) < .3]
         if not numbers: return math.nan
-        m = case.motion[numbers]
+        m = torch.as_tensor(take.motion[numbers]).to(case.motion)
         mask = regions(case.layers, m[None])[0, :, region, None].bool().cpu()
-        x, y = (rearrange(torch.from_numpy(np.stack(v)), 't h w c -> t c h w').float()/127.5 - 1 for v in ([driven.kept[i] for i in numbers], list(case.draw(m))))
+        x, y = (rearrange(torch.from_numpy(np.stack(v)), 't h w c -> t c h w').float()/127.5 - 1 for v in ([take.kept[i] for i in numbers], list(case.draw(m))))
         return float(psnr(x, y, mask).clamp(max=60).mean())
     for name, region in (('eyes', 0), ('mouth', 1)):
-        a, b = picture(range(edge), region), picture(range(n - edge, n), region)
+        a, b = picture(driven, range(edge), region), picture(driven, range(n - edge, n), region)
         out |= {f'{name}_first': a, f'{name}_drop': a - b}
+        if fresh is not None: out[f'{name}_age'] = picture(fresh, range(len(fresh.motion)), region) - b
     who = torch.from_numpy(free.tracks['identity'])
     a, b = (identity_distance(portrait[None], who[part]) for part in (slice(edge), slice(n - edge, n)))
     truth, read = free.truth('open'), free.tracks['open']
@@ -484,7 +493,8 @@ BOUNDS = dict(  # what is asked of a model: key -> (label, lowest, highest accep
     pulse_pixels=('pulse: pixels', None, 1.15), pulse_opening=('pulse: opening', None, 1.15), pulse_yaw=('pulse: yaw', None, 1.15),
     apart=('face from portrait, last second', None, .05), strange=('strangest second of a scene', None, None), strange_worst=('  of the strangest scene', None, 1.1),
     real_r=('real voices, opening r', .45, None), real_auc=('real voices, AUC', .85, None), real_closed=('real voices, /p b m/ closed', .6, None), real_chance=('  the same at other moments', None, None),
-    real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.), mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.),
+    real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.), eyes_age=('  against a stream that begins then', None, 1.),
+    mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.), mouth_age=('  against a stream that begins then', None, 1.),
     identity_ratio=('identity, last / first', None, 1.25), energy=('face motion at last / truth', .7, 1.4), blinks=('blinks a minute', 8, 30), sync_change=('change of r', -.05, None))
 
 def score(
@@ -552,11 +562,12 @@ def quality(
         case = make_case(write_script(29_999, long, 'test', 'talk'), device, views).driven
         n, face = len(case.motion), torch.from_numpy(judge(case.portrait[None], probe)['identity'].cpu().numpy())[0]
         edge = min(125, n//4)
+        late = case.since((n - edge)//CHUNK_FRAMES*CHUNK_FRAMES)
         for p in performers:
-            jobs = [(case, told) for told in (((), ('pose', 'text')) if p.steered else ((),))]
+            jobs = [(case, told) for told in (((), ('pose', 'text')) if p.steered else ((),))] + [(late, ('pose', 'text'))]*p.steered
             films = dict(p.together(jobs)) if p.together else dict(enumerate(p.play(*job) for job in jobs))
-            runs = [watch(case, films[i], probe, [*range(0, edge, 5), *range(n - edge, n, 5)]) for i in range(len(jobs))]
-            out[p.name] |= endure(runs[0], runs[-1], case, face)
+            runs = [watch(c, films[i], probe, [k - n + len(c.motion) for k in [*range(0, edge, 5), *range(n - edge, n, 5)] if k >= n - len(c.motion)]) for i, (c, _) in enumerate(jobs)]
+            out[p.name] |= endure(runs[0], runs[p.steered], case, face, runs[2] if p.steered else None)
             if say: say(f'{p.name}: {n/FPS:.0f} s')
         for d in out.values(): d['energy'] = d['energy_last']/out[performers[0].name]['energy_last']
     return out, stills
