@@ -27,8 +27,8 @@ def test_splits_keep_to_themselves(split):
 def test_there_are_voices_on_both_sides(): assert {C.side(f'espeak:{v}') for v in voices()} == set(C.SPLITS)
 
 def test_rare_voices_are_found():
-    "In two languages only steady voices speak, of which one is on the test side: a draw in a hundred, and once in forty scenes 400 draws were not enough."
-    found = [C.voice_of(np.random.default_rng(k), 'ar', 'test', 0) for k in range(40)]
+    "In two languages only steady voices speak, of which one is on the test side: a draw in a hundred, and 400 draws were not enough for these."
+    found = [C.voice_of(np.random.default_rng(k), 'ar', 'test', 0) for k in (44, 58, 99, 160)]
     assert {(v.lang, v.voice in C.STEADY, C.side(f'{v.engine}:{v.voice}')) for v in found} == {('ar', True, 'test')}
 
 def test_lips_are_closed_in_silence_and_never_early():
