@@ -2005,6 +2005,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'midas_ref/training/train.py'),
                                           'midas_ref.training.train.face_directions': ( 'training/train.html#face_directions',
                                                                                         'midas_ref/training/train.py'),
+                                          'midas_ref.training.train.face_error': ( 'training/train.html#face_error',
+                                                                                   'midas_ref/training/train.py'),
                                           'midas_ref.training.train.first_weight': ( 'training/train.html#first_weight',
                                                                                      'midas_ref/training/train.py'),
                                           'midas_ref.training.train.generate': ( 'training/train.html#generate',

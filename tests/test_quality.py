@@ -276,15 +276,33 @@ def test_exam_to_table_and_json(case, monkeypatch):
     assert results['good']['own'] > .99 and results['good']['unheard'] > .99 and abs(results['deaf']['own']) < .6 and results['deaf']['pose_cost'] == 0 and math.isnan(results['good']['pose_cost'])
     table = Q.quality_table(results).splitlines()
     row = next(line for line in table if line.startswith('opening r, own sound'))
-    assert row.endswith('*') and row.count('*') == 1 and not [line for line in table if line.startswith('real voices')]
+    assert row.endswith('*') and row.count('*') == 1 and not [line for line in table if 'begin a scene' in line] and not [line for line in table if line.startswith('real voices')]
     data = json.loads(Q.quality_json(results, clips=1))
     assert data['results']['good']['pose_cost'] is None and data['bounds']['own'] == [.85, None] and len(data['results']['good']['places']) == 6
     assert Q.contact_sheet(stills, size=50).shape == (100, 100, 3)
 
+def test_beginnings_count(case, monkeypatch):
+    "Who listens plays a beginning once, with words; its expression counts among all, and has a line of its own."
+    monkeypatch.setattr(Q, 'make_case', lambda *a, **k: case)
+    told, name = [], case.script.moods[0][1]
+    sees = lambda mood: lambda c, **k: replace(take(dict(open=c.motion[:, 1].numpy(), mood=np.eye(6)[[Q.MOOD_NAMES.index(mood)]*24]), c.script, c.motion.numpy()))
+    reads = dict(talk=name, begin=next(n for n in Q.MOOD_NAMES if n != name))
+    takes = {(g, ('text',)): [sees(m)(case)] for g, m in reads.items()}
+    asked = len(Q.moods_read(takes['begin', ('text',)][0].tracks['mood'], case.script.moods))
+    monkeypatch.setattr(Q, 'lips', lambda t: dict(own=1.)); monkeypatch.setattr(Q, 'pulses', lambda t: {}); monkeypatch.setattr(Q, 'control', lambda a, b: dict(expression=Q.mean(x for t in b for x in Q.moods_read(t.tracks['mood'], t.script.moods))))
+    out = Q.score(takes | {('talk', ()): takes['talk', ('text',)]})
+    assert asked and out['begins'] == 0 and out['expression'] == pytest.approx(sum(Q.moods_read(takes['talk', ('text',)][0].tracks['mood'], case.script.moods))/(2*asked))
+    monkeypatch.undo(); monkeypatch.setattr(Q, 'make_case', lambda *a, **k: case)
+    deaf = Q.Performer('deaf', lambda c, t: (told.append(t), paint(c.motion[:, 1].numpy() - .5))[1], True)
+    Q.quality([deaf], [('talk', lambda: case.script), ('begin', lambda: case.script)], Reader().eval())
+    assert told == [(), ('pose',), ('text',), ('text',)]
+
 def test_scripts_are_held_out():
     plan = list(Q.exam_scripts(3, 1.92))
-    assert [g for g, _ in plan] == ['talk']*3 + ['unheard']*3
-    made = [make() for _, make in plan]
+    assert [g for g, _ in plan] == ['talk']*3 + ['begin']*18 + ['unheard']*3 and not [g for g, _ in Q.exam_scripts(2, begins=0) if g == 'begin']
+    begun = [make() for g, make in plan if g == 'begin']
+    assert {(s.split, s.seconds, s.moods[0][0], all(m[0] >= .96 for m in s.moods[1:])) for s in begun} == {('test', .96, 0., True)} and len({s.moods[0][1] for s in begun}) > 3
+    made = [make() for g, make in plan if g != 'begin']
     assert {s.split for s in made} == {'test'} and {s.lang for s in made[3:]} == {'nl', 'tr', 'sw'} and not {s.lang for s in made[:3]} & {'nl', 'tr', 'sw'}
 
 def test_recordings(tmp_path):

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['STEPS', 'TURNED', 'FACE', 'TURN', 'READINGS', 'HEADS', 'MOODY', 'Scenes', 'tokenizer_hash', 'turned', 'write_scene',
            'write_scenes', 'readings', 'Pool', 'elsewhere', 'check_scenes', 'draw_pool', 'change_weight',
-           'first_weight', 'face_directions', 'Recipe', 'inner_matrices', 'make_optimisers', 'own_frames', 'like',
-           'lead_astray', 'generate', 'running_median', 'eager', 'Past', 'JointTrainer', 'pack_stock', 'unpack_stock',
-           'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model', 'new_midas']
+           'first_weight', 'face_directions', 'face_error', 'Recipe', 'inner_matrices', 'make_optimisers', 'own_frames',
+           'like', 'lead_astray', 'generate', 'running_median', 'eager', 'Past', 'JointTrainer', 'pack_stock',
+           'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model',
+           'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
@@ -294,6 +295,7 @@ def first_weight(
     w = torch.where(torch.arange(t, device=device) < frames, float(first), 1.)
     return (w/w.mean())[:, None, None]
 
+# %% ../../nbs/training/50_train.ipynb #94c87ea3
 def face_directions(
     pool,             # a `Pool` of drawn scenes
     most:int=512,     # scenes that are looked at
@@ -308,6 +310,15 @@ def face_directions(
     w = torch.linalg.solve(spread + ridge*spread.diagonal().mean()*torch.eye(len(spread), device=x.device), x.T @ y/len(x))
     return (w/(x @ w).std(0).clamp(min=1e-6)).T.unflatten(1, shape).contiguous()
 
+def face_error(
+    drawn:Tensor,       # frames as the head would have them, (..., b, t, n, c)
+    latents:Tensor,     # the truth, (b, t, c, h, w)
+    directions:Tensor,  # of `face_directions`, (r, n, c)
+    weight:Tensor,      # of each frame, (t, 1), mean 1
+)->Tensor:              # scalar; 1 is what knowing nothing about a face costs
+    "How far what is seen of a face is off, squared."
+    off = torch.einsum('...nc,rnc->...r', drawn - rearrange(latents, 'b t c h w -> b t (h w) c'), directions)
+    return (off.square()*weight).mean()
 
 # %% ../../nbs/training/50_train.ipynb #1e5945e8
 @dataclass
@@ -482,16 +493,14 @@ class JointTrainer(Past):
     ):
         if recipe.seen and directions is None: raise ValueError(f"The recipe weighs the face that is seen by {recipe.seen:g}, but no directions are given; accepted: those of face_directions(pool), or seen=0.")
         self.model, self.r, self.step, self.weight, self.directions = midas.train(), recipe, 0, change_weight(activity.clone()), directions
-        torch.manual_seed(recipe.seed)
-        self.device = next(midas.parameters()).device
+        torch.manual_seed(recipe.seed); self.device = next(midas.parameters()).device
         self.reader = nn.Sequential(nn.LayerNorm(midas.cfg.backbone.width), nn.Linear(midas.cfg.backbone.width, READINGS)).to(self.device)
         self.params = [p for p in [*midas.parameters(), *self.reader.parameters()] if p.requires_grad]
         same_everywhere([*self.params, self.weight, *([] if directions is None else [directions])])
         self.opts = make_optimisers(midas, self.params, recipe)
         self.ema = {k: v.detach().float().clone() for k, v in midas.trained_state().items() if v.is_floating_point()}
         self.g, self.cpu = (torch.Generator(d).manual_seed(recipe.seed + rank()) for d in (self.device, 'cpu'))      # each process its own batches and noise
-        self.stock = []                                                                                              # of (batch, where the model wandered)
-        self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
+        self.stock, self.lengths = [], {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}            # stock: of (batch, where the model wandered)
         for m in (*midas.backbone.qwen.layers, *midas.head.blocks) if fast else (): m.compile()                    # one at a time: a compiled layer serves all of its kind
         midas.backbone.blocks = fast and self.device.type == 'cuda'
 
@@ -516,10 +525,7 @@ class JointTrainer(Past):
         read = ((heard - torch.where(known, face, 0.)).square()*known*early[:, 0]).sum()/known.sum().clamp(min=1)
         a, b = self.r.reader
         total, parts = out['loss'] + (a + (b-a)*progress)*read/.03, dict(flow=out['loss'].detach(), reader=read.detach())    # .03: mean square of a reading, so that knowing nothing costs about 1
-        if r.seen:
-            off = torch.einsum('...nc,rnc->...r', out['x0_hat'] - rearrange(latents, 'b t c h w -> b t (h w) c'), self.directions)
-            parts['seen'] = (off.square()*early[:, 0]).mean()
-            total = total + r.seen*parts['seen']
+        if r.seen: parts['seen'] = face_error(out['x0_hat'], latents, self.directions, early[:, 0]); total = total + r.seen*parts['seen']
         return total, {k: v.detach() for k, v in parts.items()}
 
     def update(self,
