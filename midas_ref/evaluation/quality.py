@@ -190,7 +190,7 @@ class Case:
         return replace(self, portrait=pose(self.layers, shown[None, None])[0, 0].clamp(-1, 1))
 
     def since(self, frame:int):
-        "The same scene from a frame on, the first of a chunk, with a portrait that looks where it begins then."
+        "The same scene from a frame on, the first of a chunk, with a portrait that looks where it begins then; sound, truth, velocities and words are of those moments, phonemes and moods of the script keep the times of the whole scene."
         if frame % CHUNK_FRAMES or not 0 <= frame < len(self.motion): raise ValueError(f"A beginning at frame {frame} was asked for; accepted: 0 to {len(self.motion) - 1}, in steps of {CHUNK_FRAMES}.")
         at = round(frame/FPS*16000)
         script = replace(self.script, samples=self.script.samples[at:], seconds=self.script.seconds - frame/FPS)
