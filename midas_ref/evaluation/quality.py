@@ -501,8 +501,8 @@ def score(
     groups:dict,   # (group, told) -> `Take`s; groups 'talk', 'begin', 'unheard', 'real', 'reading'
 )->dict:           # key of `BOUNDS` -> number; 'places' -> list
     "All measures of one performer but those of the long run."
-    told = lambda what: groups.get(('talk', what)) or groups[('talk', ())]
-    begins = groups.get(('begin', ('text',))) or groups.get(('begin', ()), [])
+    told = lambda what, group='talk': groups.get((group, what)) or groups.get((group, ()), [])
+    begins = told(('text',), 'begin')
     out = lips(groups[('talk', ())]) | control(told(('pose',)), told(('text',)) + begins) | pulses(groups[('talk', ())])
     out['begins'] = mean(x for t in begins for x in moods_read(t.tracks['mood'], t.script.moods))
     for key, what in (('pose_cost', ('pose',)), ('text_cost', ('text',))): out[key] = out['own'] - lips(told(what))['own'] if ('talk', what) in groups else math.nan
@@ -568,12 +568,13 @@ def quality(
         case = make_case(write_script(29_999, long, 'test', 'talk'), device, views).driven
         n, face = len(case.motion), torch.from_numpy(judge(case.portrait[None], probe)['identity'].cpu().numpy())[0]
         edge = min(125, n//4)
-        late = case.since((n - edge)//CHUNK_FRAMES*CHUNK_FRAMES)
+        end, both, tail = case.since((n - edge)//CHUNK_FRAMES*CHUNK_FRAMES), ('pose', 'text'), lambda c: [*range(len(c.motion) - edge, len(c.motion), 5)]
         for p in performers:
-            jobs = [(case, told) for told in (((), ('pose', 'text')) if p.steered else ((),))] + [(late, ('pose', 'text'))]*p.steered
+            jobs = [(case, ()), *([(case, both), (end, both)] if p.steered else [])]
             films = dict(p.together(jobs)) if p.together else dict(enumerate(p.play(*job) for job in jobs))
-            runs = [watch(c, films[i], probe, [k - n + len(c.motion) for k in [*range(0, edge, 5), *range(n - edge, n, 5)] if k >= n - len(c.motion)]) for i, (c, _) in enumerate(jobs)]
-            out[p.name] |= endure(runs[0], runs[p.steered], case, face, runs[2] if p.steered else None)
+            runs = [watch(c, films[i], probe, tail(c) if c is end else [*range(0, edge, 5), *tail(c)]) for i, (c, _) in enumerate(jobs)]
+            free, driven, fresh = runs if p.steered else (*runs, *runs, None)
+            out[p.name] |= endure(free, driven, case, face, fresh)
             if say: say(f'{p.name}: {n/FPS:.0f} s')
         for d in out.values(): d['energy'] = d['energy_last']/out[performers[0].name]['energy_last']
     return out, stills
