@@ -14,7 +14,7 @@ from midas_ref.data.portraits import MOTION
 from midas_ref.model.midas import Midas
 from midas_ref.training import scale
 from midas_ref.data.probes import WEIGHTS
-from midas_ref.training.train import HEADS, MOODY, READINGS, TURNED, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, face_directions, first_weight, check_scenes, draw_pool, elsewhere, generate, lead_astray, like, load_run, new_midas, own_frames, turned, running_median, save_run, swap_check, tokenizer_hash, write_scenes
+from midas_ref.training.train import HEADS, MOODY, READINGS, TURNED, JointTrainer, Plan, Pool, Recipe, Scenes, averaged, change_weight, first_weight, check_scenes, draw_pool, elsewhere, generate, lead_astray, like, load_run, new_midas, own_frames, turned, running_median, save_run, swap_check, tokenizer_hash, write_scenes
 from midas_ref.model.tokens import Layout
 
 def small():
@@ -592,32 +592,3 @@ def test_a_pool_grows(tmp_path):
     assert torch.equal(pool.pool.latents, whole.latents[[2, 3, 0, 1, 4, 5]]) and torch.equal(pool.pool.codes, whole.codes)
     assert {int(v) for v in latents[:, 0, 0, 0, 0]//1000} == set(range(6))
     assert pool.pool.audio.dtype == torch.int64 and pool.pool.velocity.dtype == torch.float32 and len(list(tmp_path.iterdir())) == 3
-
-def test_faces_are_seen_in_latents():
-    "Each direction sees its own channel, with variance 1, and nothing of who it is; real clips that say nothing are left out, and a pool of nothing else is one error."
-    p, g = numbered(8, 96), torch.Generator().manual_seed(3)
-    face = torch.randn(8, 96, READINGS, generator=g); way = torch.randn(READINGS, 128, 2, 2, generator=g)
-    latents = torch.einsum('str,rchw->stchw', face, way) + 5*torch.randn(8, 1, 128, 2, 2, generator=g) + .1*torch.randn(8, 96, 128, 2, 2, generator=g)
-    p = dataclasses.replace(p, latents=latents, face=face)
-    w = face_directions(p); assert w.shape[1:] == (4, 128)
-    seen = torch.einsum('stnc,rnc->str', latents.flatten(3).transpose(2, 3), w)
-    seen = (seen - seen.mean(1, keepdim=True)).flatten(0, 1); true = (face - face.mean(1, keepdim=True)).flatten(0, 1)[:, :len(w)]
-    assert (seen.std(0) - 1).abs().max() < .01 and ((seen*true).mean(0)/true.std(0) > .98).all()
-    face[3, 5] = torch.nan
-    assert torch.allclose(face_directions(p), face_directions(dataclasses.replace(p, latents=latents[[0, 1, 2, 4, 5, 6, 7]], face=face[[0, 1, 2, 4, 5, 6, 7]])), atol=1e-5)
-    with pytest.raises(ValueError, match='how its face moves'): face_directions(dataclasses.replace(p, face=face*torch.nan))
-
-def test_what_is_seen_counts(pool):
-    "The term is the squared error along the directions, of the frames as the head would have them, and only the recipe turns it on."
-    with pytest.raises(ValueError, match='no directions'): JointTrainer(Midas(small()), pool.activity(), Recipe(seen=.5))
-    along = torch.zeros(1, 4, 128); along[0, 2, 7] = 3.
-    batch, losses = pool.batch(2, 2, generator=torch.Generator().manual_seed(0)), []
-    for seen in (0., .5):
-        torch.manual_seed(5); t = JointTrainer(Midas(small()), pool.activity(), Recipe(seen=seen, first=1.), directions=along)
-        kept = []; t.model.register_forward_hook(lambda m, args, out: kept.append(out))
-        losses.append(t.loss(batch, 0.))
-    truth = batch[0].flatten(3).transpose(2, 3)
-    want = 9*(kept[0]['x0_hat'] - truth)[..., 2, 7].square().mean()
-    assert set(losses[0][1]) == {'flow', 'reader'} and torch.allclose(losses[1][1]['seen'], want.detach(), rtol=1e-4)
-    assert torch.allclose(losses[1][0], losses[0][0] + .5*want, rtol=1e-4)
-    assert losses[1][0].requires_grad

@@ -86,8 +86,8 @@ def joint(a):
     born, device, out = time.time(), join_ranks(a.device), Path(a.out)
     midas = T.new_midas('tiny', a.start_from, weights=a.weights, anew=bool(a.start_from)).to(device)
     pool = Grow(a.pool, device, a.least, led=a.led, mishear=a.mishear, pairs=bool(a.pairs))
-    recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, own_steps=a.own_steps, t_kind=a.times, astray=a.astray, blind=.12, reader=(.3, .15), first=a.weigh, seen=a.seen, short=a.short, rollout=a.rollout, renew=a.renew)
-    trainer, plan, lead = T.JointTrainer(midas, pool.activity(), recipe, fast=device != 'cpu', directions=T.face_directions(pool) if a.seen else None), T.Plan((a.rows, 16), (a.rows, 16), starts=a.starts), rank() == 0
+    recipe = T.Recipe(lr=a.lr, muon=2., own_from=a.own_from, own_depth=3, own_steps=a.own_steps, t_kind=a.times, astray=a.astray, blind=.12, reader=(.3, .15), short=a.short, rollout=a.rollout, renew=a.renew)
+    trainer, plan, lead = T.JointTrainer(midas, pool.activity(), recipe, fast=device != 'cpu'), T.Plan((a.rows, 16), (a.rows, 16), starts=.3), rank() == 0
     if a.resume: T.load_run(trainer, a.resume)
     log, exam, last, n = RunLog(out) if lead else None, pool.batch(64, 6, 6, torch.Generator(device).manual_seed(99)), -1, 0
     while True:
@@ -115,7 +115,7 @@ def main():
         for name, default in options: q.add_argument(name, **({} if default is None else dict(default=default, type=type(default))))
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
     kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3), ('--led', 0), ('--pairs', 0))
-    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--led', .3), ('--mishear', 0.), ('--least', 12), ('--resume', ''), ('--pairs', 0), ('--starts', .3), ('--weigh', 4.), ('--seen', 0.))
+    kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--led', .3), ('--mishear', 0.), ('--least', 12), ('--resume', ''), ('--pairs', 0))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)
 

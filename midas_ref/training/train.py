@@ -3,10 +3,9 @@
 # %% auto #0
 __all__ = ['STEPS', 'TURNED', 'FACE', 'TURN', 'READINGS', 'HEADS', 'MOODY', 'Scenes', 'tokenizer_hash', 'turned', 'write_scene',
            'write_scenes', 'readings', 'Pool', 'elsewhere', 'check_scenes', 'draw_pool', 'change_weight',
-           'first_weight', 'face_directions', 'face_error', 'Recipe', 'inner_matrices', 'make_optimisers', 'own_frames',
-           'like', 'lead_astray', 'generate', 'running_median', 'eager', 'Past', 'JointTrainer', 'pack_stock',
-           'unpack_stock', 'save_run', 'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model',
-           'new_midas']
+           'first_weight', 'Recipe', 'inner_matrices', 'make_optimisers', 'own_frames', 'like', 'lead_astray',
+           'generate', 'running_median', 'eager', 'Past', 'JointTrainer', 'pack_stock', 'unpack_stock', 'save_run',
+           'load_run', 'swap_check', 'Plan', 'averaged', 'sample_strip', 'train_model', 'new_midas']
 
 # %% ../../nbs/training/50_train.ipynb #a98d9286
 import copy, hashlib, json, math, time
@@ -295,31 +294,6 @@ def first_weight(
     w = torch.where(torch.arange(t, device=device) < frames, float(first), 1.)
     return (w/w.mean())[:, None, None]
 
-# %% ../../nbs/training/50_train.ipynb #94c87ea3
-def face_directions(
-    pool,             # a `Pool` of drawn scenes
-    most:int=512,     # scenes that are looked at
-    ridge:float=.01,  # in units of the mean variance of a latent number
-)->Tensor:            # (r, n, c): one direction for each channel of `FACE`
-    "How to see lips, lids, brows and cheeks in a latent: ridge regression of their channels, all without their mean over the scene; what is seen has variance 1."
-    x, y = rearrange(pool.latents[:most].float(), 's t c h w -> s t (h w) c'), pool.face[:most, :, :len(FACE)].float()
-    shape, known = x.shape[2:], torch.isfinite(y).flatten(1).all(1)
-    if not known.any(): raise ValueError("No scene of the pool says how its face moves; accepted: drawn scenes (draw_pool).")
-    x, y = ((v - v.mean(1, keepdim=True)).flatten(2).flatten(0, 1) for v in (x[known], y[known]))
-    spread = x.T @ x/len(x)
-    w = torch.linalg.solve(spread + ridge*spread.diagonal().mean()*torch.eye(len(spread), device=x.device), x.T @ y/len(x))
-    return (w/(x @ w).std(0).clamp(min=1e-6)).T.unflatten(1, shape).contiguous()
-
-def face_error(
-    drawn:Tensor,       # frames as the head would have them, (..., b, t, n, c)
-    latents:Tensor,     # the truth, (b, t, c, h, w)
-    directions:Tensor,  # of `face_directions`, (r, n, c)
-    weight:Tensor,      # of each frame, (t, 1), mean 1
-)->Tensor:              # scalar; 1 is what knowing nothing about a face costs
-    "How far what is seen of a face is off, squared."
-    off = torch.einsum('...nc,rnc->...r', drawn - rearrange(latents, 'b t c h w -> b t (h w) c'), directions)
-    return (off.square()*weight).mean()
-
 # %% ../../nbs/training/50_train.ipynb #1e5945e8
 @dataclass
 class Recipe:
@@ -343,7 +317,6 @@ class Recipe:
     renew:int = 25            # steps between two draws of such a batch
     first:float = 4.          # weight of the first chunk of a sequence, in weights of the others: there words alone say what the portrait does not
     reader:tuple = (.3, .05)  # weight of the reader of the face, at the start and at the end
-    seen:float = 0.           # weight of the face that is seen in the drawn frames, see `face_directions`
     short:float = .3          # share of steps with shorter chunks, from `Plan.short_from` on
     accumulate:int = 1        # batches of a step
     muon:float = 0.           # learning rate of the matrices inside layers under Muon, in multiples of lr; 0: AdamW for all
@@ -489,18 +462,18 @@ class JointTrainer(Past):
         activity:Tensor,         # (n, c), see `Pool.activity`
         recipe:Recipe=Recipe(),  # settings
         fast:bool=False,         # compile layers, and on a GPU use FlexAttention; same results up to rounding
-        directions:Tensor|None=None,  # (r, n, c), see `face_directions`; for a recipe with `seen`
     ):
-        if recipe.seen and directions is None: raise ValueError(f"The recipe weighs the face that is seen by {recipe.seen:g}, but no directions are given; accepted: those of face_directions(pool), or seen=0.")
-        self.model, self.r, self.step, self.weight, self.directions = midas.train(), recipe, 0, change_weight(activity.clone()), directions
-        torch.manual_seed(recipe.seed); self.device = next(midas.parameters()).device
+        self.model, self.r, self.step, self.weight = midas.train(), recipe, 0, change_weight(activity.clone())
+        torch.manual_seed(recipe.seed)
+        self.device = next(midas.parameters()).device
         self.reader = nn.Sequential(nn.LayerNorm(midas.cfg.backbone.width), nn.Linear(midas.cfg.backbone.width, READINGS)).to(self.device)
         self.params = [p for p in [*midas.parameters(), *self.reader.parameters()] if p.requires_grad]
-        same_everywhere([*self.params, self.weight, *([] if directions is None else [directions])])
+        same_everywhere([*self.params, self.weight])
         self.opts = make_optimisers(midas, self.params, recipe)
         self.ema = {k: v.detach().float().clone() for k, v in midas.trained_state().items() if v.is_floating_point()}
         self.g, self.cpu = (torch.Generator(d).manual_seed(recipe.seed + rank()) for d in (self.device, 'cpu'))      # each process its own batches and noise
-        self.stock, self.lengths = [], {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}            # stock: of (batch, where the model wandered)
+        self.stock = []                                                                                              # of (batch, where the model wandered)
+        self.lengths = {f: midas.with_frames(f) for f in (1, 2, 3)} | {midas.cfg.frames_per_chunk: midas}
         for m in (*midas.backbone.qwen.layers, *midas.head.blocks) if fast else (): m.compile()                    # one at a time: a compiled layer serves all of its kind
         midas.backbone.blocks = fast and self.device.type == 'cuda'
 
@@ -524,9 +497,8 @@ class JointTrainer(Past):
         known = torch.isfinite(face)
         read = ((heard - torch.where(known, face, 0.)).square()*known*early[:, 0]).sum()/known.sum().clamp(min=1)
         a, b = self.r.reader
-        total, parts = out['loss'] + (a + (b-a)*progress)*read/.03, dict(flow=out['loss'].detach(), reader=read.detach())    # .03: mean square of a reading, so that knowing nothing costs about 1
-        if r.seen: parts['seen'] = face_error(out['x0_hat'], latents, self.directions, early[:, 0]); total = total + r.seen*parts['seen']
-        return total, {k: v.detach() for k, v in parts.items()}
+        total = out['loss'] + (a + (b-a)*progress)*read/.03                            # .03: mean square of a reading, so that knowing nothing costs about 1
+        return total, dict(flow=out['loss'].detach(), reader=read.detach())
 
     def update(self,
         draw,             # function without arguments: (batch, frames of its chunks or None)
