@@ -393,6 +393,7 @@ def train_ablation(a):
     if odd := [n for n in a.names if n not in A.ABLATIONS]: raise ValueError(f"The ablation is {odd[0]!r}; accepted: {', '.join(A.ABLATIONS)}.")
     for name in ('seconds', 'long'):
         if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
+    if 0 < a.long < 1.92: raise ValueError(f"--long is {a.long:g}; accepted: 0 for no long run, or 1.92 and more: it ends with its beginning once more.")
     device, scenes, parts, out = device_of(a.device), T.Scenes.load(a.data), T.new_midas('tiny'), Path(a.out)
     T.check_scenes(scenes, parts)
     out.mkdir(parents=True, exist_ok=True)
@@ -431,6 +432,7 @@ def bench_quality(a):
     from midas_ref.model.midas import Midas
     for name in ('seconds', 'long'):
         if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
+    if 0 < a.long < 1.92: raise ValueError(f"--long is {a.long:g}; accepted: 0 for no long run, or 1.92 and more: it ends with its beginning once more.")
     if a.sheet and not a.sheet.lower().endswith('.png'): raise ValueError(f"--sheet is {a.sheet!r}; accepted: a name that ends in .png.")
     names, device = a.models or (['tiny'] if (WEIGHTS/'midas').is_dir() else []), device_of(a.device)
     if not names: print(f"midas-ref: no bundled model at {WEIGHTS/'midas'} yet; what follows are the truth, the codec and the baselines.", file=sys.stderr)

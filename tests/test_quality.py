@@ -240,27 +240,25 @@ def test_long_run_sees_what_was_lost(case):
     turned = take(dict(open=m[:, 1], identity=np.where(np.arange(24)[:, None] < 12, np.eye(64, dtype=np.float32)[0], np.eye(64, dtype=np.float32)[1])), case.script, m)
     assert Q.endure(turned, turned, case, ref)['identity_ratio'] > 20
 
-def test_late_stream_is_compared_with_one_that_begins_then(case):
-    "Noise of the long run over frames that a fresh stream draws well is age; where both are bad, it is the scene."
-    m, ref, cut = case.motion.numpy(), torch.eye(64)[0], case.since(12)
-    calm = lambda c, x, n: take(dict(open=x[:, 1], lids=np.zeros(n)), c.script, x)
-    rng = np.random.default_rng(0)
-    noisy = lambda x, s: np.clip(x + rng.normal(0, s, x.shape), 0, 255).round().astype(np.uint8)
-    old = replace(calm(case, m, 24), kept={i: noisy(case.film[i], 4 if i < 12 else 12) for i in range(24)})
-    for s, age in ((4, 20*math.log10(3)), (12, 0)):
-        fresh = replace(calm(cut, m[12:], 12), kept={i: noisy(case.film[12 + i], s) for i in range(12)})
-        out = Q.endure(old, old, case, ref, fresh)
-        assert out['eyes_drop'] > 8 and out['eyes_age'] == pytest.approx(age, abs=1) and out['mouth_age'] == pytest.approx(age, abs=1)
-    assert 'eyes_age' not in Q.endure(old, old, case, ref)
+def test_encore(case):
+    "The first frames once more, with their sound, words and way; before that a way back, on which the voice fades."
+    again = case.encore(6)
+    for name in ('motion', 'film', 'samples'):
+        a, b, k = getattr(case, name), getattr(again, name), 1280 if name == 'samples' else 1
+        assert len(a) == len(b) and np.array_equal(b[-6*k:], a[:6*k]) and np.array_equal(b[:6*k], a[:6*k])
+    assert again.words == case.words[:-1] + case.words[:1] and again.portrait is case.portrait
+    assert torch.equal(again.velocity[:6], case.velocity[:6]) and torch.allclose(again.velocity[-5:], case.velocity[1:6], atol=1e-5)
+    assert np.abs(again.samples[17*1280:18*1280]).max() <= .1*np.abs(case.samples).max() and not np.array_equal(again.samples, case.samples)
+    steps = lambda m: m.diff(dim=0)[:, MOTION.index('yaw')].abs().max()
+    cut = torch.cat([case.motion[:18], case.motion[:6]])
+    assert steps(again.motion) < .7*steps(cut)                                                                      # no jump
+    assert torch.allclose(again.velocity, Q.velocities(case.layers, torch.cat([again.motion[:1], again.motion])).where(torch.arange(24)[:, None, None] > 0, case.velocity), atol=1e-5)
+    for bad in (0, 4, 12, -6):
+        with pytest.raises(ValueError, match='in steps of 6'): case.encore(bad)
 
-def test_scene_from_a_frame_on(case):
-    "Sound, truth, velocities and words of the same moments, and a portrait of what it looks like then."
-    late = case.since(12)
-    assert late.script.seconds == pytest.approx(.96) and len(late.motion) == 12 and torch.equal(late.motion, case.motion[12:]) and torch.equal(late.velocity, case.velocity[12:])
-    assert late.words == case.words[2:] and np.array_equal(late.samples, case.samples[15360:]) and np.array_equal(late.film, case.film[12:])
-    assert torch.equal(case.since(0).portrait, case.driven.portrait) and not torch.equal(late.portrait, case.portrait)
-    for bad in (7, 24, -6):
-        with pytest.raises(ValueError, match='in steps of 6'): case.since(bad)
+def test_ends_are_whole_chunks():
+    "Ten seconds of a long scene, less of a short one."
+    assert [Q.ends(n) for n in (3000, 504, 300, 120, 24)] == [126, 126, 72, 30, 6]
 
 # all together
 
@@ -337,7 +335,7 @@ def test_command(capsys, tmp_path, monkeypatch, case):
     assert status == 0 and len(err.splitlines()) == 2 and 'no bundled model' in err and 'truth, codec, from top' in err and set(json.loads(out)['results']) == {'truth', 'codec'} and (tmp_path/'s.png').is_file()
 
 def test_command_mistakes(capsys, tmp_path):
-    for args, said in ((['--seconds', 5], 'whole chunks of 0.48 s'), (['--sheet', 'x.jpg'], 'ends in .png'), ([tmp_path/'none'], 'No model at'), (['--clips', 0], '1 or more'), (['--long', 7], 'whole chunks')):
+    for args, said in ((['--seconds', 5], 'whole chunks of 0.48 s'), (['--sheet', 'x.jpg'], 'ends in .png'), ([tmp_path/'none'], 'No model at'), (['--clips', 0], '1 or more'), (['--long', 7], 'whole chunks'), (['--long', .96], '1.92 and more')):
         status, out, err = call(capsys, 'bench', 'quality', *args)
         assert status == 2 and said in err and len(err.splitlines()) == 1 and not out, err
 

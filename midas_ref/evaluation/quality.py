@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['FPS', 'CHUNK_FRAMES', 'STILL', 'LEVEL', 'SLACK', 'RATE_FRAMES', 'ANGLE_SECONDS', 'BASELINES', 'BOUNDS', 'TOLD',
            'sync', 'mean', 'correlation', 'centred', 'by_place', 'sounds', 'closing', 'far_from_speech', 'turned',
-           'moods_read', 'blinks', 'pulse', 'auc', 'Case', 'make_case', 'Performer', 'shown', 'smoothed', 'halting',
-           'late', 'borrowed', 'through_codec', 'side_by_side', 'in_rows', 'by_session', 'Take', 'watch', 'lips',
-           'control', 'pulses', 'unusual', 'recorded_script', 'recordings', 'real_voices', 'endure', 'score',
-           'exam_scripts', 'quality', 'quality_table', 'quality_json', 'contact_sheet']
+           'moods_read', 'blinks', 'pulse', 'auc', 'Case', 'velocities', 'make_case', 'Performer', 'shown', 'smoothed',
+           'halting', 'late', 'borrowed', 'through_codec', 'side_by_side', 'in_rows', 'by_session', 'Take', 'watch',
+           'lips', 'control', 'pulses', 'unusual', 'recorded_script', 'recordings', 'real_voices', 'ends', 'endure',
+           'score', 'exam_scripts', 'quality', 'quality_table', 'quality_json', 'contact_sheet']
 
 # %% ../../nbs/evaluation/70_quality.ipynb #ae9953a4
 import json, math
@@ -189,12 +189,26 @@ class Case:
         shown = torch.cat([reference_motion(self.script.seed)[0, 0, :len(MOUTH)].to(self.motion), self.motion[0, len(MOUTH):]])
         return replace(self, portrait=pose(self.layers, shown[None, None])[0, 0].clamp(-1, 1))
 
-    def since(self, frame:int):
-        "The same scene from a frame on, the first of a chunk, with a portrait that looks where it begins then; sound, truth, velocities and words are of those moments, phonemes and moods of the script keep the times of the whole scene."
-        if frame % CHUNK_FRAMES or not 0 <= frame < len(self.motion): raise ValueError(f"A beginning at frame {frame} was asked for; accepted: 0 to {len(self.motion) - 1}, in steps of {CHUNK_FRAMES}.")
-        at = round(frame/FPS*16000)
-        script = replace(self.script, samples=self.script.samples[at:], seconds=self.script.seconds - frame/FPS)
-        return replace(self, script=script, motion=self.motion[frame:], velocity=self.velocity[frame:], words=self.words[frame//CHUNK_FRAMES:]).driven
+    def encore(self, frames:int):
+        "The same scene, but its last frames are its first again, sound and words as well; in the two chunks before, voice and pose find their way back there."
+        n, way = len(self.motion), 2*CHUNK_FRAMES
+        if frames % CHUNK_FRAMES or not 0 < frames <= (n - way)//2: raise ValueError(f"An encore of {frames} frames was asked for in a scene of {n}; accepted: {CHUNK_FRAMES} to {(n - way)//2}, in steps of {CHUNK_FRAMES}.")
+        back, at, m = torch.linspace(0, 1, way + 2)[1:-1], n - frames, self.motion.clone()
+        m[at-way:at] = torch.lerp(m[at-way:at], m[:1], ((3 - 2*back)*back**2)[:, None].to(m))                     # slow, fast, slow
+        m[at:] = m[:frames]
+        x, per = self.samples.copy(), round(16000/FPS)
+        x[(at-way)*per:at*per] *= np.linspace(1, 0, way*per, dtype=np.float32)
+        x[at*per:] = x[:frames*per]
+        return replace(self, script=replace(self.script, samples=x), motion=m, velocity=torch.cat([self.velocity[:1], velocities(self.layers, m)]),
+                       words=self.words[:-(frames//CHUNK_FRAMES)] + self.words[:frames//CHUNK_FRAMES])
+
+def velocities(
+    layers,          # of one person, baked
+    motion:Tensor,   # (t + 1, m)
+)->Tensor:           # of skull and shoulders in all frames but the first, picture heights per second, (t, 12, 2)
+    "How fast a head moves."
+    points = in_heights(keypoints(layers, motion[None])[:, :, :12], 256, 256)
+    return JointVelocity(12, fps=FPS)(points).velocity[0, 1:].cpu()
 
 def make_case(
     script:Script,       # a scene of whole chunks
@@ -207,8 +221,7 @@ def make_case(
     m = torch.from_numpy(motion(script, np.r_[times[0] - 1/FPS, times])).to(device)             # one instant more, for the first velocity
     layers = bake([script.identity], 256, device, views)
     portrait = pose(layers, reference_motion(script.seed).to(device))[0, 0].clamp(-1, 1)
-    points = in_heights(keypoints(layers, m[None])[:, :, :12], 256, 256)
-    return Case(script, layers, m[1:], portrait, JointVelocity(12, fps=FPS)(points).velocity[0, 1:].cpu(), captions(script))
+    return Case(script, layers, m[1:], portrait, velocities(layers, m), captions(script))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #9e47a8fe
 @dataclass(frozen=True)
@@ -456,16 +469,19 @@ def real_voices(
                 real_closed=mean(x for s in shut for x in s['closed']), real_chance=mean(x for s in shut for x in s['chance']))
 
 # %% ../../nbs/evaluation/70_quality.ipynb #4053d233
+def ends(frames:int)->int:   # frames, whole chunks
+    "How much of a long scene counts as its beginning and as its end: ten seconds, or nearly a quarter of a short one."
+    return min(21, frames//4//CHUNK_FRAMES)*CHUNK_FRAMES
+
 def endure(
     free:Take,         # of a long scene, with sound alone
     driven:Take,       # of the same with pose and words
-    case:Case,         # the scene
+    case:Case,         # the scene, best with an encore of `ends`
     portrait:Tensor,   # identity of the portrait, (64,)
-    fresh:Take|None=None,  # of `Case.since` for the last seconds, driven; None: not played
 )->dict:
-    "The end of a long run against its beginning, and against a stream that begins there."
+    "The end of a long run against its beginning."
     n, out = len(case.motion), dict(seconds=len(case.motion)/FPS)
-    edge, half = min(125, n//4), min(375, n//2)                    # ten seconds, half a minute
+    edge, half = ends(n), min(375, n//2)                           # ten seconds, half a minute
     def picture(take, numbers, region):                            # mean PSNR in dB
         numbers = [i for i in numbers if i in take.kept and max(take.truth('blink_l')[i], take.tracks['lids'][i]) < .3]
         if not numbers: return math.nan
@@ -476,7 +492,6 @@ def endure(
     for name, region in (('eyes', 0), ('mouth', 1)):
         a, b = picture(driven, range(edge), region), picture(driven, range(n - edge, n), region)
         out |= {f'{name}_first': a, f'{name}_drop': a - b}
-        if fresh is not None: out[f'{name}_age'] = picture(fresh, range(len(fresh.motion)), region) - b
     who = torch.from_numpy(free.tracks['identity'])
     a, b = (identity_distance(portrait[None], who[part]) for part in (slice(edge), slice(n - edge, n)))
     truth, read = free.truth('open'), free.tracks['open']
@@ -493,8 +508,8 @@ BOUNDS = dict(  # what is asked of a model: key -> (label, lowest, highest accep
     pulse_pixels=('pulse: pixels', None, 1.15), pulse_opening=('pulse: opening', None, 1.15), pulse_yaw=('pulse: yaw', None, 1.15),
     apart=('face from portrait, last second', None, .05), strange=('strangest second of a scene', None, None), strange_worst=('  of the strangest scene', None, 1.1),
     real_r=('real voices, opening r', .45, None), real_auc=('real voices, AUC', .85, None), real_closed=('real voices, /p b m/ closed', .6, None), real_chance=('  the same at other moments', None, None),
-    real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.), eyes_age=('  against a stream that begins then', None, 1.),
-    mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.), mouth_age=('  against a stream that begins then', None, 1.),
+    real_envelope=('real reading, r with loudness', None, None), eyes_first=('eyes at first, dB', None, None), eyes_drop=('eyes lose, dB', None, 1.),
+    mouth_first=('mouth at first, dB', None, None), mouth_drop=('mouth loses, dB', None, 1.),
     identity_ratio=('identity, last / first', None, 1.25), energy=('face motion at last / truth', .7, 1.4), blinks=('blinks a minute', 8, 30), sync_change=('change of r', -.05, None))
 
 def score(
@@ -567,14 +582,12 @@ def quality(
     if long:
         case = make_case(write_script(29_999, long, 'test', 'talk'), device, views).driven
         n, face = len(case.motion), torch.from_numpy(judge(case.portrait[None], probe)['identity'].cpu().numpy())[0]
-        edge = min(125, n//4)
-        end, both, tail = case.since((n - edge)//CHUNK_FRAMES*CHUNK_FRAMES), ('pose', 'text'), lambda c: [*range(len(c.motion) - edge, len(c.motion), 5)]
+        case, kept = case.encore(edge := ends(n)), [*range(0, edge, 5), *range(n - edge, n, 5)]
         for p in performers:
-            jobs = [(case, ()), *([(case, both), (end, both)] if p.steered else [])]
+            jobs = [(case, ()), *([(case, ('pose', 'text'))] if p.steered else [])]
             films = dict(p.together(jobs)) if p.together else dict(enumerate(p.play(*job) for job in jobs))
-            runs = [watch(c, films[i], probe, tail(c) if c is end else [*range(0, edge, 5), *tail(c)]) for i, (c, _) in enumerate(jobs)]
-            free, driven, fresh = runs if p.steered else (*runs, *runs, None)
-            out[p.name] |= endure(free, driven, case, face, fresh)
+            runs = [watch(case, films[i], probe, kept) for i in range(len(jobs))]
+            out[p.name] |= endure(runs[0], runs[-1], case, face)
             if say: say(f'{p.name}: {n/FPS:.0f} s')
         for d in out.values(): d['energy'] = d['energy_last']/out[performers[0].name]['energy_last']
     return out, stills
