@@ -2,7 +2,7 @@
 # A piece of the joint model on one host: scenes are written by the processors, the last GPU draws them (the others help at
 # first), and the others train; a single GPU does both. With the recipe of the last row of page 50, on one GPU and 16 cores:
 #
-#     MINUTES=26.7 WRITERS=10 FILES=110 LEAST=10 FIRST=2900000 bash tools/joint.sh runs/joint \
+#     MINUTES=26.7 WRITERS=10 FILES=110 LEAST=10 FIRST=3300000 bash tools/joint.sh runs/joint \
 #         --begin .5 --own-from .62 --own-steps 4 --astray .5 --rows 24 --mishear .06
 #
 # What follows the folder goes to `tools/tiny.py joint`. May be set: MINUTES=20 (all in all), WRITERS=36, FILES=300 (of 80
