@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'midas_ref.cli.bench_reconstruction': ('cli.html#bench_reconstruction', 'midas_ref/cli.py'),
                                'midas_ref.cli.bench_stream': ('cli.html#bench_stream', 'midas_ref/cli.py'),
                                'midas_ref.cli.bench_train': ('cli.html#bench_train', 'midas_ref/cli.py'),
+                               'midas_ref.cli.check_lengths': ('cli.html#check_lengths', 'midas_ref/cli.py'),
                                'midas_ref.cli.command': ('cli.html#command', 'midas_ref/cli.py'),
                                'midas_ref.cli.data_encode': ('cli.html#data_encode', 'midas_ref/cli.py'),
                                'midas_ref.cli.data_make': ('cli.html#data_make', 'midas_ref/cli.py'),

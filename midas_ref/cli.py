@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'SIZE', 'WORKERS', 'PER_SHARD', 'RIGHT', 'GUIDANCE', 'DEVICE', 'WEIGHTS_OPTION', 'PLACE',
            'CHUNK', 'MODEL', 'SETTINGS', 'Command', 'option', 'command', 'number', 'frame_size', 'Synthetic',
-           'data_make', 'data_pack', 'device_of', 'train_probe', 'train_codec', 'data_scenes', 'train_model',
-           'source_of', 'train_many', 'train_export', 'data_encode', 'bench_train', 'train_ablation',
+           'data_make', 'data_pack', 'device_of', 'check_lengths', 'train_probe', 'train_codec', 'data_scenes',
+           'train_model', 'source_of', 'train_many', 'train_export', 'data_encode', 'bench_train', 'train_ablation',
            'bench_reconstruction', 'bench_quality', 'bench_probe', 'bench_codec', 'animate_command', 'bench_stream',
            'train_audio_command', 'drawn_for', 'train_looks', 'train_locator', 'bench_draw', 'bench_audio', 'data_show',
            'app_folder', 'app_settings', 'app_command', 'bench_app', 'main']
@@ -141,6 +141,12 @@ def device_of(text):
     "The torch device for an option's text."
     from midas_ref.config import DeviceSettings, pick_device
     return str(pick_device(DeviceSettings(name=text))[0])
+
+def check_lengths(a):
+    "Scenes of an exam, `a.seconds` and `a.long`, are whole chunks."
+    for name in ('seconds', 'long'):
+        if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
+    if 0 < a.long < 1.92: raise ValueError(f"--long is {a.long:g}; accepted: 0 for no long run, or 1.92 and more: it ends with its beginning once more.")
 
 @command('train probe', 'train one of the two networks that read the truth from pixels (page 14)', 'midas-ref train probe b runs/probe --minutes 7.5 --device cuda\nmidas-ref train probe b runs/more --start-from runs/probe/probe_b.safetensors --lr 1.4e-3',
     option('which', choices=('a', 'b'), help='a may serve as a loss, b only as a judge'), option('out', metavar='OUT', help='folder for weights, log and grade'),
@@ -391,9 +397,7 @@ def train_ablation(a):
     from midas_ref.evaluation import ablations as A
     from midas_ref.training import train as T
     if odd := [n for n in a.names if n not in A.ABLATIONS]: raise ValueError(f"The ablation is {odd[0]!r}; accepted: {', '.join(A.ABLATIONS)}.")
-    for name in ('seconds', 'long'):
-        if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
-    if 0 < a.long < 1.92: raise ValueError(f"--long is {a.long:g}; accepted: 0 for no long run, or 1.92 and more: it ends with its beginning once more.")
+    check_lengths(a)
     device, scenes, parts, out = device_of(a.device), T.Scenes.load(a.data), T.new_midas('tiny'), Path(a.out)
     T.check_scenes(scenes, parts)
     out.mkdir(parents=True, exist_ok=True)
@@ -430,9 +434,7 @@ def bench_quality(a):
     from midas_ref.data.probes import WEIGHTS
     from midas_ref.evaluation import quality as Q
     from midas_ref.model.midas import Midas
-    for name in ('seconds', 'long'):
-        if abs(getattr(a, name)/.48 - round(getattr(a, name)/.48)) > 1e-6: raise ValueError(f"--{name} is {getattr(a, name):g}; accepted: whole chunks of 0.48 s, such as 9.6.")
-    if 0 < a.long < 1.92: raise ValueError(f"--long is {a.long:g}; accepted: 0 for no long run, or 1.92 and more: it ends with its beginning once more.")
+    check_lengths(a)
     if a.sheet and not a.sheet.lower().endswith('.png'): raise ValueError(f"--sheet is {a.sheet!r}; accepted: a name that ends in .png.")
     names, device = a.models or (['tiny'] if (WEIGHTS/'midas').is_dir() else []), device_of(a.device)
     if not names: print(f"midas-ref: no bundled model at {WEIGHTS/'midas'} yet; what follows are the truth, the codec and the baselines.", file=sys.stderr)
