@@ -558,12 +558,12 @@ def train_audio_command(a):
     train_audio_files(a.out, a.hours, a.minutes, a.workers, join_ranks(device_of(a.device)), a.batch, a.seconds, a.lr, flite=a.flite, seed=a.seed, progress=a.progress, start_from=a.start_from)
 
 # %% ../nbs/90_cli.ipynb #70c4911a
-def drawn_for(a):   # folder, model on its device, a function for lines of progress
+def drawn_for(a, others:int=0):   # folder, model on its device, a function for lines of progress
     "The model for which people are to be drawn."
     from midas_ref.data.clips import TEST_IDENTITIES
     from midas_ref.model.midas import Midas, load_midas, midas_folder
     if not Path(a.folder).is_dir(): raise FileNotFoundError(f"{a.folder} is no folder; give that of a model, such as data_samples/weights/midas.")
-    if a.first + a.people > TEST_IDENTITIES: raise ValueError(f"--first {a.first} with --people {a.people} takes in people of the test side; accepted: up to {TEST_IDENTITIES} together.")
+    if a.first + a.people + others > TEST_IDENTITIES: raise ValueError(f"--first {a.first} with --people {a.people} takes in people of the test side; accepted: up to {TEST_IDENTITIES - others} together.")
     folder, device = midas_folder(Path(a.folder).resolve()), device_of(a.device)
     midas = load_midas(folder, Midas, looks=False).to(device)                       # a file that does not fit is what these commands repair
     if (midas.cfg.video.height, midas.cfg.video.width) != (256, 256): raise ValueError(f"{a.folder} draws {midas.cfg.video.height}x{midas.cfg.video.width}; drawn people come in 256x256.")
@@ -584,19 +584,23 @@ def train_looks(a):
     save_looks(folder, looks, midas.codec_hash)
     print(f'{folder/"looks.safetensors"}: {a.people} people, {a.people*a.frames} frames; share of their own differences that is taken for looks: ' + ', '.join(f'{k} {v:.3f}' for k, v in S.shares(latents, looks).items()))
 
-@command('train locator', 'fit what sees where the head of a picture is, so that streams go where they are sent (page 60)', 'midas-ref train locator runs/1/midas\nmidas-ref train locator data_samples/weights/midas --people 160',
+@command('train locator', 'fit what sees where the head of a picture is, so that streams go where they are sent (page 60)', 'midas-ref train locator runs/1/midas\nmidas-ref train locator data_samples/weights/midas --people 320 --minutes 4 --device cuda',
     option('folder', metavar='FOLDER', help='a model with its codec; locator.safetensors is written into it'),
     option('--people', type=number(int, 2), default=160, help='people to draw (default 160)'), option('--frames', type=number(int, 1, 80), default=24, help='frames of each (default 24)'),
     option('--first', type=number(int, 0, 1 << 20), default=720_000, help='identity seed of the first (default 720000)'), option('--scenes', type=number(int, 1), default=60, help='spoken scenes from which movement is taken (default 60)'),
+    option('--minutes', type=number(float, 0), default=0., help='go on by gradient for so long, best on a GPU (default 0: a linear map)'),
     option('--probe', metavar='FILE', help='of probe A (default: that of this checkout)'), DEVICE)
 def train_locator(a):
-    "Draw, decode, fit, write; the last tenth of the people say how well."
+    "Draw, decode, fit, refine, write; a tenth as many others say how well."
     from midas_ref.data.probes import load_probe, save_locator
-    from midas_ref.inference.session import fit_locator
-    folder, midas, say = drawn_for(a)
-    locator, off = fit_locator(midas.codec, load_probe('a', a.probe, midas.sigmas.device), people=a.people, frames=a.frames, first=a.first, scenes=a.scenes, say=say)
+    from midas_ref.inference import session as S
+    folder, midas, say = drawn_for(a, others := max(2, a.people//10))
+    drawn = dict(people=a.people, first=a.first, scenes=a.scenes, say=say)
+    locator = S.fit_locator(midas.codec, load_probe('a', a.probe, midas.sigmas.device), frames=a.frames, **drawn)
+    if a.minutes: locator = S.refine_locator(locator, midas.codec, a.minutes, **drawn)
     save_locator(locator, folder/'locator.safetensors')
-    print(f'{folder/"locator.safetensors"}: {a.people} people, {a.people*a.frames} frames; fitted without the last {off["people"]}, whose points were {off["far"]:.1f} pixels from their portraits, it was off by {off["off"]:.1f} (root mean square)')
+    off = S.locator_error(locator, midas.codec, people=others, first=a.first + a.people, frames=a.frames, scenes=a.scenes)
+    print(f'{folder/"locator.safetensors"}: {a.people} people, {a.people*a.frames} frames; of {others} others, whose points are {off["far"]:.1f} pixels from their portraits, it reads the way to {off["off"]:.2f} (root mean square; {off["near"]:.2f} where it is shorter than 8)')
 
 
 # %% ../nbs/90_cli.ipynb #730433d1

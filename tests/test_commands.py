@@ -49,7 +49,7 @@ def test_probe(capsys, tmp_path, monkeypatch):
     new, old = probes.load_probe('b', tmp_path/'probe_b.safetensors'), probes.load_probe('b')
     assert torch.equal(new.readings.weight, old.readings.weight) and new.usual.whiten.any() and not torch.equal(new.usual.whiten, old.usual.whiten)
 
-@pytest.mark.parametrize('what, said', [('looks', 'share of their own differences'), ('locator', 'fitted without the last 1,')])
+@pytest.mark.parametrize('what, said', [('looks', 'share of their own differences'), ('locator', 'of 2 others, whose points are')])
 def test_what_streams_keep_to(what, said, capsys, tmp_path):
     "Written into the folder, over one that does not fit, and said what it is worth; the model has it from then on; people of the test side are refused."
     torch.manual_seed(0)
