@@ -184,15 +184,14 @@ def refine_locator(
     from midas_ref.data.clips import reference_motion
     from midas_ref.data.portraits import keypoints
     from midas_ref.data.probes import People, mouth_pool
-    dev, crowd = codec.mean.device, People(people, mouth_pool(scenes), first, codec.mean.device)
-    clips, g = DrawnClips(crowd, motion_pool(scenes), batch), torch.Generator().manual_seed(0)
+    dev, g = codec.mean.device, torch.Generator().manual_seed(0)
+    clips = DrawnClips(crowd := People(people, mouth_pool(scenes), first, dev), motion_pool(scenes), batch)
     def pictures():
         "Portraits and frames, and where the points are."
         who, m = clips.cast()
         still = torch.cat([reference_motion(int(i))[0, :1] for i in torch.randint(10**6, (len(who),), generator=g)])
         m = torch.cat([still[:, None].to(m), m], 1)
-        x = crowd.draw(who, m).to(codec.mean)
-        x = torch.cat([x[:, :1], codec.decode(codec.encode(x[:, 1:]))], 1).clamp(-1, 1)
+        x = crowd.draw(who, m).to(codec.mean); x = torch.cat([x[:, :1], codec.decode(codec.encode(x[:, 1:]))], 1).clamp(-1, 1)
         tint = torch.randn(*x.shape[:2], 3, 1, 1, generator=g).to(x)                      # a stream may have drifted in colour
         return (x*(1 + .06*tint) + .04*tint.flip(2)).clamp(-1, 1), in_heights(keypoints(crowd.layers[who], m)[:, :, :12], 256, 256)
     net = deepcopy(locator).requires_grad_(True)
@@ -502,8 +501,7 @@ class Session(Wishes):
         self.buffer, self.given, self.drawn, self.current = np.zeros(0, np.float32), 0, 0, None
         self.begin(self.portrait)
         if self.streams and self.streams.kept and not any(s.busy for s in self.streams.states()):      # recordings know where these streams lie: keep them
-            for s, seed in zip(self.streams.states(), (0, self.seed, 0, 0)): s.reset(0, seed)     # `bare` and `model` alike: both empty
-            self.streams.words = self.streams.age = None
+            for s, seed in zip(self.streams.states(), (0, self.seed, 0, 0)): s.reset(0, seed); self.streams.words = self.streams.age = None     # `bare` and `model` alike: both empty
         else: self.streams = open_streams(self.midas, 1, self.seed, self.fast)
 
     def stream(self,
