@@ -134,7 +134,7 @@ def data_pack(a):
 
 # %% ../nbs/90_cli.ipynb #c1fbda53
 RIGHT = option('--right', type=number(float, 0, 1), metavar='SHARE', help='share of what a head is beside its way that the next chunk is told to make good (page 60; default: as usual, if the weights can see where a head is)')
-GUIDANCE = option('--guidance', type=number(float, 1, 5), default=2., metavar='TIMES', help='how many times as far as words lead by themselves: more is obeyed more and looks less natural; 1 is cheaper (page 60; default 2)')
+GUIDANCE = option('--guidance', type=number(float, 1, 5), default=2., metavar='TIMES', help='how many times as far as words lead by themselves while they are new: more is obeyed more and looks less natural; 1 is cheaper (page 60; default 2)')
 DEVICE = option('--device', default='auto', help='auto, cpu, cuda or cuda:N (default auto)')
 
 def device_of(text):
@@ -600,7 +600,7 @@ def train_locator(a):
     if a.minutes: locator = S.refine_locator(locator, midas.codec, a.minutes, **drawn)
     save_locator(locator, folder/'locator.safetensors')
     off = S.locator_error(locator, midas.codec, people=others, first=a.first + a.people, frames=a.frames, scenes=a.scenes)
-    print(f'{folder/"locator.safetensors"}: {a.people} people, {a.people*a.frames} frames; of {others} others, whose points are {off["far"]:.1f} pixels from their portraits, it reads the way to {off["off"]:.2f} (root mean square; {off["near"]:.2f} where it is shorter than 8)')
+    print(f'{folder/"locator.safetensors"}: {a.people} people, {a.people*a.frames} frames; of {others} others, whose points are {off["far"]:.1f} pixels from their portraits, it reads the way to {off["off"]:.2f} (root mean square)')
 
 
 # %% ../nbs/90_cli.ipynb #730433d1

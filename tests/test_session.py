@@ -6,7 +6,7 @@ from midas_ref.codec.temporal import VideoDCAE
 from midas_ref.conditions.audio import WhisperVQ
 from midas_ref.config import GUIDANCE, GUIDED, MEMORY_HOLD, MEMORY_LEVEL, PUT_RIGHT, preset
 from midas_ref.data.probes import Locator
-from midas_ref.inference.session import Session, StageClock, Wishes, draw_chunk, fit_looks, generate_offline, held, join_streams, open_streams, shares, split_streams, to_bytes
+from midas_ref.inference.session import Session, StageClock, Wishes, draw_chunk, fit_looks, fit_locator, generate_offline, held, join_streams, locator_error, open_streams, refine_locator, shares, split_streams, to_bytes
 from midas_ref.model.midas import Midas
 
 N = 7680
@@ -373,3 +373,18 @@ def test_a_map_is_fitted_to_ways():
     assert (fit_map(seen, points, ridge=1e-6) - true).abs().max() < 1e-4
     assert (fit_map(seen, points, ridge=10.) - true).abs().max() > 1e-3
     with pytest.raises(ValueError, match='2 or more'): fit_map(seen[:, :1], points[:, :1])
+
+def test_a_locator_learns_ways():
+    "A map that is off reads its own people better after some steps; what the probe reads besides has no part, and the first locator stays as it was."
+    from midas_ref.codec.temporal import load_video_dcae
+    from midas_ref.data.probes import WEIGHTS, load_probe
+    codec, few = load_video_dcae(WEIGHTS/'codec').eval(), dict(people=2, scenes=1, first=720_000)
+    before = fit_locator(codec, load_probe('a'), frames=4, **few)
+    before.map.weight.data.mul_(.3)                                         # ways are read three times too short
+    was = {k: v.clone() for k, v in before.state_dict().items()}
+    after = refine_locator(before, codec, batch=(2, 4), steps=16, **few)
+    a, b = (locator_error(x, codec, frames=4, **few) for x in (before, after))
+    assert a['far'] == b['far'] > 1 and b['off'] < .8*a['off'], (a, b)
+    same = {k for k, v in after.state_dict().items() if torch.equal(v, was[k])}
+    assert all(torch.equal(v, was[k]) for k, v in before.state_dict().items()) and not any(p.requires_grad for p in after.parameters())
+    assert all(k in same for k in was if k.startswith(('probe.readings', 'probe.mood', 'probe.identity'))) and not {'map.weight', 'probe.stem.0.weight'} & same
