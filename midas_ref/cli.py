@@ -388,7 +388,8 @@ def bench_train(a):
     option('out', metavar='OUT', help='folder for NAME.json and NAME/ of each run; what is there already is not done again'), option('names', metavar='NAME', nargs='+', help='base, no_noise, window_2, no_truncation or mlp_head'),
     option('--data', metavar='SCENES', required=True, help='file that midas-ref data scenes wrote'), option('--minutes', type=number(float, .001), default=10., help='training of each (default 10)'),
     option('--rows', type=number(int, 1, 4096), default=96, help='sequences of 6 chunks in a step (default 96); later a third as many of 16 chunks'),
-    option('--clips', type=number(int, 1), default=8, help='talking scenes of the exam (default 8)'), option('--seconds', type=number(float, 1.92, 600), default=9.6, help='length of each (default 9.6)'), option('--long', type=number(float, 0, 3600), default=57.6, metavar='SECONDS', help='length of the long run (default 57.6)'),
+    option('--clips', type=number(int, 1), default=8, help='talking scenes of the exam (default 8)'), option('--seconds', type=number(float, 1.92, 600), default=9.6, help='length of each (default 9.6)'), option('--long', type=number(float, 0, 3600), default=57.6, metavar='SECONDS', help='length of the long run and scenes (default 57.6)'),
+    option('--lasting', type=number(int, 0), default=8, help='scenes of that length that are read over time (default 8)'), option('--seed', type=number(int, 0), default=0, help='of the training (default 0)'),
     option('--people', type=number(int, 1), default=160, help='people who play the scenes (default 160)'), option('--first', type=number(int, 0, 1 << 20), default=0, help='identity seed of the first person (default 0)'),
     option('--workers', type=number(int, 0, 64), default=0, help='processes that bake ahead (default 0)'), option('--bake-on', default=None, help='device of the workers (default: that of the training)'), DEVICE)
 def train_ablation(a):
@@ -403,7 +404,7 @@ def train_ablation(a):
     out.mkdir(parents=True, exist_ok=True)
     todo, parts = [n for n in a.names if not (out/f'{n}.json').is_file()], parts.to(device)
     if todo: pool = T.draw_pool(scenes, probes.People(a.people, probes.mouth_pool(1), a.first, device, workers=a.workers, fast=device != 'cpu', bake_on=a.bake_on), parts, say=print)
-    for n in todo: A.run_ablation(n, pool, parts, out, a.minutes, plan=T.Plan((a.rows, 6), (max(1, a.rows//3), 16)), clips=a.clips, seconds=a.seconds, long=a.long)
+    for n in todo: A.run_ablation(n, pool, parts, out, a.minutes, T.Recipe(seed=a.seed), T.Plan((a.rows, 6), (max(1, a.rows//3), 16)), a.clips, a.seconds, a.long, a.lasting)
     print(f"{out}: {', '.join(a.names)}")
 
 # %% ../nbs/90_cli.ipynb #84c8b45d

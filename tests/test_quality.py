@@ -363,6 +363,24 @@ def test_exam_of_an_ablation_keeps_what_was_asked(monkeypatch, whole):
     assert got == dict(own=.5, real_r=None, places=[.1, None]) | (dict(yaw_rate=.1, eyes_drop=2., expression=.3) if whole else {}) and seen['told'] == whole
     json.dumps(got, allow_nan=False)
 
+def test_long_scenes_in_blocks(monkeypatch):
+    "Blocks, scenes and lags are where they belong; lips that stop in the second block are found there, whoever comes first; a block longer than the scene is refused."
+    class Model: sigmas = torch.zeros(1)
+    def by_session(model, name, **settings):
+        def together(jobs):
+            for i in reversed(range(len(jobs))):
+                frames = list(jobs[i][0].draw())
+                yield i, np.stack(frames[:24] + [frames[23]]*24)
+        return Q.Performer(name, None, True, together)
+    monkeypatch.setattr(A, 'by_session', by_session)
+    got = A.over_time(Model(), {}, 2, 3.84, 1.92, views=(3, 1))
+    shape = lambda x: np.array(x, float).shape
+    assert {k: shape(v) for k, v in got['model'].items()} == dict(sync=(2, 2), identity=(2, 2), energy=(2, 2), turns=(3,), blinks=(2,)) and got['lags'] == [.48, .96, 1.92]
+    truth, model = ({k: np.array(v, float) for k, v in got[who].items()} for who in ('truth', 'model'))
+    assert np.array_equal(truth['sync'][:, 0], model['sync'][:, 0], equal_nan=True) and truth['sync'][:, 0].mean() > .9 and not (np.nan_to_num(model['sync'][:, 1]) > .5).any()
+    assert (model['energy'][:, 1] < .3*truth['energy'][:, 1]).all() and (truth['turns'] > model['turns']).all() and truth['identity'].max() < .2
+    with pytest.raises(ValueError, match='at least as long as a block'): A.over_time(Model(), {}, 1, .96)
+
 def test_ablation_command(capsys, tmp_path, monkeypatch):
     "One pool for all names; what is done is not done again; mistakes are one line."
     from midas_ref.data import probes
@@ -371,11 +389,12 @@ def test_ablation_command(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(T, 'new_midas', lambda *a: torch.nn.Linear(1, 1)); monkeypatch.setattr(T, 'check_scenes', lambda *a: None)
     monkeypatch.setattr(T.Scenes, 'load', classmethod(lambda cls, path: 'scenes')); monkeypatch.setattr(probes, 'People', lambda *a, **k: 'people')
     monkeypatch.setattr(T, 'draw_pool', lambda *a, **k: calls.append('pool') or 'pool'); monkeypatch.setattr(probes, 'mouth_pool', lambda n: None)
-    monkeypatch.setattr(A, 'run_ablation', lambda name, *a, **k: calls.append((name, k['clips'])))
+    monkeypatch.setattr(A, 'run_ablation', lambda name, *a: calls.append((name, *a[3:])))
     (tmp_path/'no_noise.json').write_text('{}')
-    line = ['train', 'ablation', tmp_path, 'base', 'no_noise', 'window_2', '--data', 'x', '--device', 'cpu', '--clips', 2]
+    line = ['train', 'ablation', tmp_path, 'base', 'no_noise', 'window_2', '--data', 'x', '--device', 'cpu', '--clips', 2, '--lasting', 3, '--seed', 4]
     status, out, err = call(capsys, *line)
-    assert status == 0 and calls == ['pool', ('base', 2), ('window_2', 2)], err
+    told = (10., T.Recipe(seed=4), T.Plan((96, 6), (32, 16)), 2, 9.6, 57.6, 3)
+    assert status == 0 and calls == ['pool', ('base', *told), ('window_2', *told)], err
     for args, said in ((['bass'], 'accepted: base, no_noise'), (['base', '--long', 7], 'whole chunks of 0.48 s')):
         status, out, err = call(capsys, 'train', 'ablation', tmp_path, *args, '--data', 'x')
         assert status == 2 and said in err and len(err.splitlines()) == 1, err

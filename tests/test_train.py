@@ -574,11 +574,28 @@ def test_beginnings_count_more(pool):
     never = Plan((8, 3), (4, 3), starts=0.)
     assert {never.draw(pool, .1, 0., g)[0][0].shape[:2] for _ in range(10)} == {(8, 18)}
 
-def test_a_pool_grows(tmp_path):
-    "The pool of tools/tiny.py: files that come later are read, what was there is kept, and batches come from all of them."
+def tiny_tool():
+    "tools/tiny.py as a module."
     import importlib.util
     spec = importlib.util.spec_from_file_location('tiny', Path(__file__).parents[1]/'tools'/'tiny.py')
     tiny = importlib.util.module_from_spec(spec); spec.loader.exec_module(tiny)
+    return tiny
+
+def test_ablation_of_a_drawn_pool(tmp_path, monkeypatch):
+    "tools/tiny.py ablation: the files of the pool, the codec that made it, the seed and the minutes arrive."
+    from midas_ref.evaluation import ablations as A
+    pool, calls = numbered(2), []
+    scale.save_pool(pool, tmp_path/'0.safetensors', codes=pool.codes)
+    monkeypatch.setattr(A, 'run_ablation', lambda *a, **k: calls.append((*a, k)))
+    monkeypatch.setattr('sys.argv', ['tiny.py', 'ablation', str(tmp_path/'out'), 'window_2', '--device', 'cpu', '--pool', str(tmp_path), '--minutes', '3', '--seed', '5'])
+    tiny_tool().main()
+    (name, got, parts, out, minutes, recipe, plan, more), = calls
+    assert (name, len(got), got.codec_hash, out, minutes, recipe.seed, more) == ('window_2', 2, parts.codec_hash, str(tmp_path/'out'), 3., 5, dict(long=57.6)) and len(got.codec_hash) == 12
+    assert torch.equal(got.latents, pool.latents)
+
+def test_a_pool_grows(tmp_path):
+    "The pool of tools/tiny.py: files that come later are read, what was there is kept, and batches come from all of them."
+    tiny = tiny_tool()
     whole = numbered(6)
     def write(name, k):
         part = dataclasses.replace(whole, **{n: v[k:k+2] for n, v in vars(whole).items() if isinstance(v, torch.Tensor) and n != 'codes'})

@@ -3,6 +3,7 @@
     python tools/tiny.py scenes runs/scenes --writers 24 --files 150      # processors: scripts, speech, audio tokens (80 scenes a file)
     python tools/tiny.py draw runs/scenes runs/pool --device cuda:0       # one card: people, pictures, latents
     torchrun --nproc-per-node 3 tools/tiny.py joint runs/joint --pool runs/pool --start-from data_samples/weights/midas --minutes 12
+    python tools/tiny.py ablation runs/ablations window_2 --pool runs/pool --minutes 14     # one training and exam of page 71
 
 `midas-ref train model` (page 50) does the same in one process, and begins when everything is drawn.
 """
@@ -106,8 +107,17 @@ def joint(a):
     if lead: log.picture('strip', trainer.step, T.sample_strip(T.averaged(trainer), exam)); (out/'done').touch()
     agree(1.)
 
+def ablation(a):
+    "Train and judge one of page 71 on a pool that is there; several may share a card."
+    from midas_ref.evaluation.ablations import run_ablation
+    torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.cache_size_limit = False, 64           # two lengths of sequences: compiled once each
+    parts, pool = T.new_midas('tiny', weights=a.weights).to(a.device), Grow(a.pool, a.device, a.least).pool
+    pool.codec_hash = parts.codec_hash
+    recipe = T.Recipe(lr=1.5e-3, muon=2., own=0., astray=0., short=0., reader=(.3, .15), seed=a.seed)
+    run_ablation(a.name, pool, parts, a.out, a.minutes, recipe, T.Plan((48, 6), (24, 16)), long=a.long)
+
 def main():
-    "One of the three."
+    "One of the kinds."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = p.add_subparsers(required=True)
     def kind(f, *options):
@@ -116,6 +126,7 @@ def main():
     kind(scenes, ('out', None), ('--writers', 8), ('--files', 100), ('--first', 300_000), ('--mine', -1))
     kind(draw, ('scenes', None), ('out', None), ('--device', 'cuda'), ('--most', 10**6), ('--first', 0), ('--workers', 20), ('--freckled', .3), ('--led', 0), ('--pairs', 0))
     kind(joint, ('out', None), ('--device', 'cuda'), ('--pool', ''), ('--start-from', ''), ('--minutes', 10.), ('--begin', .3), ('--end', 1.), ('--own-from', .65), ('--own-steps', 2), ('--times', 'mixed'), ('--rows', 24), ('--lr', 1.5e-3), ('--short', 0.), ('--astray', 1.), ('--rollout', 0.), ('--renew', 60), ('--led', .3), ('--mishear', 0.), ('--least', 12), ('--resume', ''), ('--pairs', 0))
+    kind(ablation, ('out', None), ('name', None), ('--device', 'cuda'), ('--pool', ''), ('--minutes', 14.), ('--long', 57.6), ('--least', 1), ('--seed', 0))
     a = p.parse_args()
     (writer if getattr(a, 'mine', -1) >= 0 and a.run is scenes else a.run)(a)
 
