@@ -1710,6 +1710,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'midas_ref/model/tokens.py'),
                                         'midas_ref.model.tokens.Layout.predicts': ( 'model/tokens.html#layout.predicts',
                                                                                     'midas_ref/model/tokens.py'),
+                                        'midas_ref.model.tokens.Layout.rope': ( 'model/tokens.html#layout.rope',
+                                                                                'midas_ref/model/tokens.py'),
                                         'midas_ref.model.tokens.Layout.span': ( 'model/tokens.html#layout.span',
                                                                                 'midas_ref/model/tokens.py'),
                                         'midas_ref.model.tokens.Layout.spans': ( 'model/tokens.html#layout.spans',

@@ -1,4 +1,5 @@
 "The backbone: parity with transformers, one answer from training, growing cache and ring, sessions that cannot be mixed up, weights by name."
+import dataclasses
 import pytest, torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
@@ -88,6 +89,28 @@ def test_training_equals_ring_over_twenty_chunks(frames, window):
     net = make(Layout((('audio', frames), ('text', 2)), 3, frames), window)
     x = rand(2, 20*net.layout.tokens, D)
     close(replay(net, x, net.init_state(2)), conditions(net, net(x)))
+
+@pytest.mark.parametrize('frames', (1, 2, 3))
+def test_a_shorter_chunk_is_the_first_part_of_a_longer_one(frames):
+    "With the count of the longer chunk, the others' tokens unseen; and streamed over windows as at once."
+    whole = Layout((('audio', 6), ('pose', 12), ('text', 5)), 4, 6)
+    short = Layout((('audio', frames), ('pose', 2*frames), ('text', 5)), 4, frames, like=whole)
+    long, net = make(whole), make(short)
+    there = [whole.span(s.kind, s.frame).start + i for s in short.spans for i in range(s.stop - s.start)]
+    assert [short.rope(0, p) for p in range(short.tokens)] == there and short.rope(2, 0) == 2*round(whole.tokens*frames/6)
+    x = rand(2, short.tokens, D)
+    full = rand(2, whole.tokens, D, seed=5); full[:, there] = x
+    mask = torch.eye(whole.tokens, dtype=torch.bool)
+    mask[torch.tensor(there)[:, None], torch.tensor(there)] = mask_loop(short, 1, 3)
+    close(net(x), long(full, mask)[:, there])
+    assert (net(x) - make(dataclasses.replace(short, like=None))(x)).abs().max() > 1e-2
+    x = rand(2, 9*short.tokens, D)
+    close(replay(net, x, net.init_state(2)), conditions(net, net(x)))
+
+def test_only_a_shorter_chunk_keeps_a_count():
+    whole = Layout((('audio', 6), ('text', 2)), 4, 6)
+    for wrong in (dict(frames=6), dict(frames=7), dict(conditions=(('audio', 3),)), dict(conditions=(('audio', 7), ('text', 2))), dict(conditions=(('text', 2), ('audio', 3)))):
+        with pytest.raises(ValueError, match='accepted: a longer chunk with the same conditions'): dataclasses.replace(whole, **dict(frames=3) | wrong, like=whole)
 
 @pytest.mark.parametrize('full', (False, True))
 @pytest.mark.parametrize('names', ((), (('a', 1),), (('audio', 2), ('pose', 4), ('text', 3))), ids=len)

@@ -125,6 +125,7 @@ def test_rows_are_independent(model):
 
 def test_with_frames_shares_weights(model):
     short = model.with_frames(2)
+    assert short.layout.like == model.layout == short.with_frames(3).layout.like and model.with_frames(6).layout == model.layout == short.with_frames(6).layout
     assert short.layout.frames == 2 and short.cfg.window_frames == model.cfg.window_frames and model.layout.frames == 6
     mine = {n: p.data_ptr() for n, p in model.named_parameters()}
     assert mine == {n: p.data_ptr() for n, p in short.named_parameters()}

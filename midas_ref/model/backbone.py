@@ -105,7 +105,7 @@ class MaskedQwen(nn.Module):
     def forward(self,
         x:Tensor,                          # embedded tokens of whole chunks, (b, n, d)
         mask:Tensor|BlockMask|None=None,   # bool or additive, (n, n) or (b or 1, 1, n, n), or a BlockMask; None: the training mask
-        positions:Tensor|None=None,        # absolute positions, int64 (n,) or (b, n); None: 0, 1, 2, ...
+        positions:Tensor|None=None,        # absolute positions, int64 (n,) or (b, n); None: those of the layout
     )->Tensor:                             # hidden states, (b, n, d)
         "Read a sequence at once; `layout.predicts()` says which outputs of a chunk condition which frame."
         if x.ndim != 3 or x.shape[2] != self.cfg.width: raise ValueError(f"The input is {tuple(x.shape)}; accepted: (b, n, {self.cfg.width}).")
@@ -114,7 +114,7 @@ class MaskedQwen(nn.Module):
             raise ValueError(f"The input has {x.shape[1]} tokens; accepted: whole chunks of {self.layout.tokens} (or pass a mask of your own).")
         if mask is None: mask = self.mask(chunks, x.device)
         if isinstance(mask, Tensor) and mask.ndim == 2: mask = mask[None, None]
-        if positions is None: positions = torch.arange(x.shape[1], device=x.device)
+        if positions is None: positions = self.layout.rope(*self.layout.locate(torch.arange(x.shape[1], device=x.device))[::2])
         if positions.ndim == 1: positions = positions[None]
         more = mask.shape[-1] - x.shape[1] if isinstance(mask, BlockMask) else 0                 # rows of the block mask beyond the sequence, see `even`
         if more: x, positions = F.pad(x, (0, 0, 0, more)), F.pad(positions, (0, more))
@@ -182,8 +182,7 @@ class RingQwen(MaskedQwen):
         owner.scatter_(1, slots, torch.where(live, chunk + 1, owner.gather(1, slots)))
         see = repeat(ring_mask(self.layout, self.window, chunk, place, owner, self.full), 'b one s n -> b one (g s) n', g=self.cfg.heads//self.cfg.kv_heads)
         mask = torch.zeros_like(see, dtype=x.dtype).masked_fill_(~see, -torch.inf)              # as `attend` wants it, once for all layers
-        positions = chunk*self.layout.tokens + place
-        return self.qwen(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=RingCache(kv, slots)).last_hidden_state
+        return self.qwen(inputs_embeds=x, attention_mask=mask, position_ids=self.layout.rope(chunk, place), past_key_values=RingCache(kv, slots)).last_hidden_state
 
     def tensor_prefill(self,
         x:Tensor,                   # [last frame | conditions | reference], (b, n + m + n, d)

@@ -4,7 +4,7 @@
 __all__ = ['Span', 'Layout', 'chunk_layout']
 
 # %% ../../nbs/model/40_tokens.ipynb #5b1b1d56
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 import torch
@@ -27,6 +27,7 @@ class Layout:
     conditions: tuple     # ((name, count), ...) in order; may be empty
     frame_tokens: int     # tokens n of a frame, and of the reference
     frames: int           # frames f of a chunk
+    like: 'Layout|None' = field(default=None, repr=False)   # a longer chunk, whose count of tokens is kept; see `rope`
 
     def __post_init__(self):
         object.__setattr__(self, 'conditions', tuple((name, count) for name, count in self.conditions))
@@ -35,6 +36,8 @@ class Layout:
             raise ValueError(f"Layout.conditions are named {names}; accepted: different names, none of them 'reference' or 'frame'.")
         for what, n in (*self.conditions, ('frame_tokens', self.frame_tokens), ('frames', self.frames)):
             if not isinstance(n, int) or n < 1: raise ValueError(f"Layout has {n!r} for {what}; accepted: a whole number, 1 or more (leave out a condition that has none).")
+        if self.like and (self.like.frames <= self.frames or [k for k, _ in self.like.conditions] != names or any(a > b for (_, a), (_, b) in zip(self.conditions, self.like.conditions))):
+            raise ValueError(f"A chunk of {self.frames} frames cannot keep the count of {self.like}; accepted: a longer chunk with the same conditions.")
 
     @property
     def condition_tokens(self): return sum(n for _, n in self.conditions)                         # tokens before the reference
@@ -64,6 +67,19 @@ class Layout:
         chunk, place = index // self.tokens, index % self.tokens
         after = place - self.condition_tokens
         return chunk, (after >= 0) * (after // self.frame_tokens + 1), place
+
+    def rope(self,
+        chunk,         # number of the chunk: an int or a tensor of any shape
+        place,         # places inside a chunk, likewise
+    ):                 # of the same type and shape
+        "Position of a token in the count of the language model."
+        if self.like is None: return chunk*self.tokens + place
+        at, before = place, 0
+        for kind, _ in (*self.conditions, ('reference', 0)):                     # each begins where it begins in the longer chunk
+            start = self.span(kind).start
+            shift = self.like.span(kind).start - start
+            at, before = at + (place >= start)*(shift - before), shift
+        return chunk*round(self.like.tokens*self.frames/self.like.frames) + at
 
     def group(self, device=None)->Tensor:  # int64, (tokens,)
         "Group of each token of a chunk: 0 conditions, 1 reference, 2..f+1 for x1..xf."
