@@ -30,13 +30,14 @@ def face(i): return torch.rand(3, 128, 64, generator=torch.Generator().manual_se
 def play(s, x, cuts): return np.concatenate([s.push(p) for p in np.split(x, np.cumsum(cuts)[:-1])])
 def differ(a, b): return int(np.abs(a.astype(int) - b.astype(int)).max())
 
-def test_twelve_chunks_equal_the_slow_reference(midas, sound):
-    "In single precision, with pictures as floats; the window holds four chunks."
-    s, got = Session(midas, face(0), seed=3), []
-    for k in range(12):
-        got += [x[0] for x in draw_chunk(midas, s.streams, torch.from_numpy(sound[k*N:(k+1)*N])[None], s.reference, {}, MEMORY_LEVEL)]
-    slow = generate_offline(midas, face(0), torch.from_numpy(sound), level=MEMORY_LEVEL, seed=3)
-    assert slow.shape[0] == 72 and (torch.stack(got) - slow).abs().max() < 1e-4
+@pytest.mark.parametrize('frames, chunks', [(6, 12), (3, 20), (1, 52)])
+def test_streams_equal_the_slow_reference(midas, sound, frames, chunks):
+    "In single precision, with pictures as floats, longer than the window of 24 frames; short chunks keep the count of long ones in both."
+    s, n, got = Session(midas, face(0), 3, frames), N*frames//6, []
+    for k in range(chunks):
+        got += [x[0] for x in draw_chunk(s.midas, s.streams, torch.from_numpy(sound[k*n:(k+1)*n])[None], s.reference, {}, MEMORY_LEVEL)]
+    slow = generate_offline(s.midas, face(0), torch.from_numpy(sound[:chunks*n]), level=MEMORY_LEVEL, seed=3)
+    assert slow.shape[0] == chunks*frames and (torch.stack(got) - slow).abs().max() < 1e-4
     assert slow.std() > .01 and (slow[1:] - slow[:-1]).abs().amax((1, 2, 3)).min() > 1e-3       # something happens
 
 @pytest.mark.parametrize('frames', [None, 1, 2, 3])
@@ -340,7 +341,7 @@ def test_a_head_that_is_beside_its_way_is_put_right(midas, locator):
         more = got['fed'][k].velocity - got['plain'][k].velocity
         torch.testing.assert_close(more[0], (PUT_RIGHT*missing*12.5/6).expand(f, -1, -1))
     one = Wishes(midas.with_frames(1), 8); one.begin(at(.2)); one.look(at(.25)); one.moved[:] = .08; one.fresh = False; one.steer(pose=v[:2])
-    torch.testing.assert_close(one.signals()['pose'].velocity[0, 0, :, 1], torch.full((12,), (1 - (1 - PUT_RIGHT)**(1/6))*.03*12.5))            # shorter chunks, smaller shares
+    torch.testing.assert_close(one.signals()['pose'].velocity[0, 0, :, 1], torch.full((12,), (1 - (1 - PUT_RIGHT)**(1/6))/6*.03*12.5))          # shorter chunks, smaller shares, and less of each
     one.moved[:] = .05; torch.testing.assert_close(one.signals()['pose'].velocity[0], v[:1])              # where it should be
     fed.poses.clear(); assert 'pose' not in fed.signals()
     fed.steer(pose=v[:6]); assert torch.equal(fed.signals()['pose'].velocity[0], v[:6])                 # lost on the way: nothing to put right

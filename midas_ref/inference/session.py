@@ -415,8 +415,9 @@ class Course:
         self.come = read(picture) - self.start
 
     def share(self, frames:int)->float:   # 0 to 1
-        "What of that is put right in so many frames: in 480 ms as much as was asked for."
-        return 1 - (1 - self.right)**(frames/self.midas.cfg.video.fps/.48)
+        "What of that is put right in so many frames: in 480 ms as much as was asked for, in a shortened chunk less by its share of a whole one."
+        layout = self.midas.layout
+        return (layout.frames/layout.like.frames if layout.like else 1.)*(1 - (1 - self.right)**(frames/self.midas.cfg.video.fps/.48))
 
     def beside(self)->Tensor:   # picture heights, (k, d); 0 where nobody knows
         "How far each point still is from where it should be."
