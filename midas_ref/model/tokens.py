@@ -38,6 +38,7 @@ class Layout:
             if not isinstance(n, int) or n < 1: raise ValueError(f"Layout has {n!r} for {what}; accepted: a whole number, 1 or more (leave out a condition that has none).")
         if self.like and (self.like.frames <= self.frames or [k for k, _ in self.like.conditions] != names or any(a > b for (_, a), (_, b) in zip(self.conditions, self.like.conditions))):
             raise ValueError(f"A chunk of {self.frames} frames cannot keep the count of {self.like}; accepted: a longer chunk with the same conditions.")
+        if self.like: object.__setattr__(self, 'gaps', tuple((self.span(k).stop, b - a) for (k, a), (_, b) in zip(self.conditions, self.like.conditions)))   # from where on how many numbers are left out
 
     @property
     def condition_tokens(self): return sum(n for _, n in self.conditions)                         # tokens before the reference
@@ -74,11 +75,8 @@ class Layout:
     ):                 # of the same type and shape
         "Position of a token in the count of the language model."
         if self.like is None: return chunk*self.tokens + place
-        at, before = place, 0
-        for kind, _ in (*self.conditions, ('reference', 0)):                     # each begins where it begins in the longer chunk
-            start = self.span(kind).start
-            shift = self.like.span(kind).start - start
-            at, before = at + (place >= start)*(shift - before), shift
+        at = place
+        for start, more in self.gaps: at = at + (place >= start)*more
         return chunk*round(self.like.tokens*self.frames/self.like.frames) + at
 
     def group(self, device=None)->Tensor:  # int64, (tokens,)
