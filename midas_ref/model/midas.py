@@ -119,8 +119,7 @@ class Parts(nn.Module):
         "The same model with chunks of another length."
         other = copy.copy(self)
         other.cfg = replace(self.cfg, frames_per_chunk=frames)
-        whole = self.layout.like or self.layout
-        other.layout, other._modules = replace(chunk_layout(other.cfg), like=whole if frames < whole.frames else None), dict(self._modules)
+        other.layout, other._modules = replace(chunk_layout(other.cfg), like=w if frames < (w := self.layout.like or self.layout).frames else None), dict(self._modules)
         other.backbone = Backbone(self.cfg.backbone, other.layout, other.cfg.window_chunks, self.backbone.full, self.backbone.qwen)
         other.conditions = copy.copy(self.conditions)
         other.conditions.counts = dict(other.layout.conditions)

@@ -75,9 +75,7 @@ class Layout:
     ):                 # of the same type and shape
         "Position of a token in the count of the language model."
         if self.like is None: return chunk*self.tokens + place
-        at = place
-        for start, more in self.gaps: at = at + (place >= start)*more
-        return chunk*round(self.like.tokens*self.frames/self.like.frames) + at
+        return chunk*round(self.like.tokens*self.frames/self.like.frames) + place + sum((place >= start)*more for start, more in self.gaps)
 
     def group(self, device=None)->Tensor:  # int64, (tokens,)
         "Group of each token of a chunk: 0 conditions, 1 reference, 2..f+1 for x1..xf."
