@@ -81,9 +81,13 @@ class Grow:
         if time.time() > self.at + self.every: self.look()
         return self.pool.batch(*args)
 
+def two_lengths():
+    "Sequences of a training have two lengths: compile each once."
+    torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.cache_size_limit = False, 64
+
 def joint(a):
     "The loop of page 50 by the clock of the wall, on a pool that grows."
-    torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.cache_size_limit = False, 64           # two lengths of sequences: compiled once each
+    two_lengths()
     born, device, out = time.time(), join_ranks(a.device), Path(a.out)
     midas = T.new_midas('tiny', a.start_from, weights=a.weights, anew=bool(a.start_from)).to(device)
     pool = Grow(a.pool, device, a.least, led=a.led, mishear=a.mishear, pairs=bool(a.pairs))
@@ -110,7 +114,7 @@ def joint(a):
 def ablation(a):
     "Train and judge one of page 71 on a pool that is there; several may share a card."
     from midas_ref.evaluation.ablations import run_ablation
-    torch._dynamo.config.automatic_dynamic_shapes, torch._dynamo.config.cache_size_limit = False, 64           # two lengths of sequences: compiled once each
+    two_lengths()
     parts, pool = T.new_midas('tiny', weights=a.weights).to(a.device), Grow(a.pool, a.device, a.least).pool
     pool.codec_hash = parts.codec_hash
     recipe = T.Recipe(lr=1.5e-3, muon=2., own=0., astray=0., short=0., reader=(.3, .15), seed=a.seed)

@@ -6,7 +6,7 @@ __all__ = ['FPS', 'CHUNK_FRAMES', 'STILL', 'LEVEL', 'SLACK', 'RATE_FRAMES', 'ANG
            'moods_read', 'blinks', 'pulse', 'auc', 'Case', 'velocities', 'make_case', 'Performer', 'shown', 'smoothed',
            'halting', 'late', 'borrowed', 'through_codec', 'side_by_side', 'in_rows', 'by_session', 'Take', 'watch',
            'lips', 'control', 'pulses', 'unusual', 'recorded_script', 'recordings', 'real_voices', 'ends', 'endure',
-           'score', 'exam_scripts', 'quality', 'quality_table', 'quality_json', 'contact_sheet']
+           'score', 'exam_scripts', 'quality', 'quality_table', 'nulls', 'quality_json', 'contact_sheet']
 
 # %% ../../nbs/evaluation/70_quality.ipynb #ae9953a4
 import json, math
@@ -607,10 +607,13 @@ def quality_table(
     wide = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     return '\n'.join('  '.join(f'{x:{w}}' for x, w in zip(r, wide)).rstrip() for r in rows)
 
+def nulls(v):
+    "A number or lists of them for a file: null for what is not a number."
+    return [nulls(x) for x in v] if isinstance(v, list) else None if isinstance(v, float) and math.isnan(v) else v
+
 def quality_json(results:dict, **about)->str:
     "The same for machines; what could not be measured is null."
-    clean = lambda v: None if isinstance(v, float) and math.isnan(v) else [clean(x) for x in v] if isinstance(v, list) else v
-    return json.dumps(dict(about=about, bounds={k: b[1:] for k, b in BOUNDS.items()}, results={n: {k: clean(v) for k, v in d.items()} for n, d in results.items()}), indent=1)
+    return json.dumps(dict(about=about, bounds={k: b[1:] for k, b in BOUNDS.items()}, results={n: {k: nulls(v) for k, v in d.items()} for n, d in results.items()}), indent=1)
 
 def contact_sheet(
     stills:dict,      # name -> {frame number: uint8 (256, 256, 3)}

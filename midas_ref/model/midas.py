@@ -86,13 +86,15 @@ def initialise(
         nn.init.normal_(m.weight, std=.02/(2*len(qwen.layers))**.5 if writes else .02)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../../nbs/model/46_midas.ipynb #e4dbde44
+# %% ../../nbs/model/46_midas.ipynb #e4dbde43
 def has_words(
     text:Tensor,   # ids (b, k, l), or features (b, k, n, f)
 )->Tensor:         # bool (b, k)
     "Which chunks are told something; a caption of no words has no features."
     return (text > 1).any(-1) if text.ndim == 3 else text.ne(0).flatten(2).any(-1)
 
+
+# %% ../../nbs/model/46_midas.ipynb #e4dbde44
 class Parts(nn.Module):
     "Everything that is trained jointly, and how signals become tokens."
     def __init__(self,
@@ -119,7 +121,8 @@ class Parts(nn.Module):
         "The same model with chunks of another length."
         other = copy.copy(self)
         other.cfg = replace(self.cfg, frames_per_chunk=frames)
-        other.layout, other._modules = replace(chunk_layout(other.cfg), like=w if frames < (w := self.layout.like or self.layout).frames else None), dict(self._modules)
+        whole = self.layout.like or self.layout
+        other.layout, other._modules = replace(chunk_layout(other.cfg), like=whole if frames < whole.frames else None), dict(self._modules)
         other.backbone = Backbone(self.cfg.backbone, other.layout, other.cfg.window_chunks, self.backbone.full, self.backbone.qwen)
         other.conditions = copy.copy(self.conditions)
         other.conditions.counts = dict(other.layout.conditions)
